@@ -1,0 +1,38 @@
+// Which CPU variant of the kernels runs. One table of function pointers per instruction set; the best
+// one that the processor and the operating system support is chosen when the library is loaded.
+#pragma once
+
+#include <cstdint>
+
+#include "../attention.h"
+#include "../limits.h"
+#include "../rope.h"
+
+namespace x_rope_cls::cpu {
+
+struct KernelTable {
+  const char* name;  // "generic", "avx2", "avx512", "avx512_bf16"
+  int32_t lanes;     // float32 lanes of a vector
+  void (*rope)(const RopeParams&, const Parallel&);
+  void (*rope_table_grad)(const RopeTableGradParams&, const Parallel&);
+  AttentionWorkspace attention_workspace;
+  AttentionForward attention_forward;
+  AttentionBackwardWorkspace attention_backward_workspace;
+  AttentionBackward attention_backward;
+  LimitKernels limits;
+};
+
+// The table in use. Never null.
+const KernelTable& kernels();
+
+// Variants compiled into this library, slowest first, null-terminated, and whether this machine runs one.
+const char* const* built_isas();
+bool isa_supported(const char* name);
+
+// Uses the named variant from now on. False, and nothing changes, where it is unknown or unsupported.
+bool select_isa(const char* name);
+
+// Why the choice at load time was what it was: "" or a complaint about X_ROPE_CLS_CPU_ISA.
+const char* isa_warning();
+
+}  // namespace x_rope_cls::cpu
