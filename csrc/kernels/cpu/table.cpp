@@ -1,0 +1,31 @@
+// The table of function pointers of one ISA variant.
+#include "isa.h"
+
+#define X_ROPE_CLS_STRING(text) X_ROPE_CLS_STRING_OF(text)
+#define X_ROPE_CLS_STRING_OF(text) #text
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+
+const KernelTable kTable = {
+    .name = X_ROPE_CLS_STRING(X_ROPE_CLS_ISA),
+    .lanes = kLanes,
+    .rope = rope,
+    .rope_table_grad = rope_table_grad,
+    .attention_workspace = attention_workspace,
+    .attention_forward = attention_forward,
+    .attention_backward_workspace = attention_backward_workspace,
+    .attention_backward = attention_backward,
+    .limits =
+        {
+            .fma_float32 = fma_float32,
+#ifdef __AVX512BF16__
+            .dot_bfloat16 = dot_bfloat16,
+#else
+            .dot_bfloat16 = nullptr,
+#endif
+            .copy = stream_copy,
+            .read = stream_read,
+        },
+};
+
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
