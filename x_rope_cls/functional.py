@@ -1,0 +1,168 @@
+"""The public functions: default arguments and Python types are settled here, everything else in the operators."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .rotary import Rotary
+
+ClsRope = Literal["rotate", "skip", "mask"]
+
+_CLS_ROPE = {"rotate": 0, "skip": 1, "mask": 2}
+
+
+def apply_rope(x: Tensor, rotary: Rotary, *, inverse: bool = False) -> Tensor:
+    """Rotates the first ``rotary_dim`` channels of every token that has a position; computed in float32 at least.
+
+    Args:
+        x: (batch, heads, tokens, head_dim), float32, float64, bfloat16 or float16, any strides.
+        rotary: tables and layout; see :class:`x_rope_cls.Rotary`.
+        inverse: multiply by the transpose, which undoes a pure rotation.
+
+    Returns:
+        Like x, in (batch, tokens, heads, head_dim) memory order. Other channels and tokens are copied.
+
+    Raises:
+        TypeError: rotary is not a Rotary.
+        RuntimeError: from the operator, on shapes or dtypes that do not fit; it says what was expected and what came.
+    """
+    _check_rotary("apply_rope", "rotary", rotary)
+    cos, sin = _tables(rotary, x)
+    rotated: Tensor = torch.ops.x_rope_cls.rope(x, cos, sin, rotary.rotate, rotary.interleaved, inverse)
+    return rotated
+
+
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary | None = None,
+    *,
+    rotary_k: Rotary | None = None,
+    cls_rope: ClsRope = "mask",
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary | None = None,
+    *,
+    rotary_k: Rotary | None = None,
+    cls_rope: ClsRope = "mask",
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary | None = None,
+    *,
+    rotary_k: Rotary | None = None,
+    cls_rope: ClsRope = "mask",
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention with the rotation inside, and tokens without a position handled as ``cls_rope`` says.
+
+    The score of query i and key j, with R the rotation and ``rotate`` True where a token has a position:
+
+    - ``"rotate"``: ``<R_i q_i, R_j k_j>`` for all pairs; ``rotate`` is ignored.
+    - ``"skip"``: the same with R = 1 for tokens without a position.
+    - ``"mask"``: ``<R_i q_i, R_j k_j>`` where both have a position, else ``<q_i, k_j>``.
+
+    Nothing of size queries * keys is stored. Under autocast q, k and v are cast, tables and bias are not. Gradients:
+    once, for q, k, v, a floating attn_mask and the tables.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float32, float64, bfloat16 or float16, any strides.
+        k: (batch, key_heads, keys, head_dim); query head h reads key head ``h // (heads / key_heads)``.
+        v: (batch, key_heads, keys, value_dim).
+        rotary: tables of the queries; None: no rotation at all.
+        rotary_k: tables of the keys; None: those of the queries, if there are as many keys.
+        cls_rope: see above.
+        attn_mask: bool (True: attend) or additive, broadcastable to (batch, heads, queries, keys).
+        key_mask: bool (batch, keys), True: attend. Values of k and v at masked keys never matter, NaN included.
+        dropout_p: probability that an attention weight is dropped, in [0, 1]. The seed is drawn from the
+            device's default generator, so that ``torch.manual_seed`` makes it reproducible.
+        scale: factor of the scores; default head_dim ** -0.5.
+        return_lse: also return the natural logarithm of the softmax denominators; it is differentiable.
+
+    Returns:
+        (batch, heads, queries, value_dim), dtype of v, in (batch, queries, heads, value_dim) memory order so that
+        merging heads is a view; and, if wanted, lse (batch, heads, queries), float32 (float64 for float64). A query
+        without any key to attend to gets output 0, gradient 0 and lse -inf.
+
+    Raises:
+        TypeError: rotary or rotary_k is not a Rotary.
+        ValueError: cls_rope is unknown, rotary_k is missing or comes without rotary, or the layouts differ.
+        RuntimeError: from the operator, on shapes or dtypes that do not fit; it says what was expected and what came.
+    """
+    mode = _CLS_ROPE.get(cls_rope)
+    if mode is None:
+        raise ValueError(f"rope_attention: cls_rope must be 'rotate', 'skip' or 'mask', got {cls_rope!r}")
+    cos_q = sin_q = cos_k = sin_k = rotate_q = rotate_k = None
+    interleaved = True
+    if rotary is not None:
+        rotary_k = _key_rotary(q, k, rotary, rotary_k)
+        interleaved = rotary.interleaved
+        cos_q, sin_q = _tables(rotary, q)
+        cos_k, sin_k = (cos_q, sin_q) if rotary_k is rotary else _tables(rotary_k, k)
+        if cls_rope != "rotate":
+            rotate_q, rotate_k = rotary.rotate, rotary_k.rotate
+    elif rotary_k is not None:
+        raise ValueError("rope_attention: rotary must be given with rotary_k, got None")
+
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    if scale is None:
+        scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0  # no head_dim: the operator complains
+    out: Tensor
+    lse: Tensor
+    out, lse = torch.ops.x_rope_cls.rope_attention(
+        q, k, v, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k, attn_mask, key_mask, seed, mode, interleaved, scale, dropout_p
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_rotary(owner: str, what: str, rotary: Rotary) -> None:
+    if not isinstance(rotary, Rotary):
+        raise TypeError(f"{owner}: {what} must be a Rotary, got {type(rotary).__name__}")
+
+
+def _key_rotary(q: Tensor, k: Tensor, rotary: Rotary, rotary_k: Rotary | None) -> Rotary:
+    """The tables of the keys: those given, or those of the queries where there are as many keys."""
+    _check_rotary("rope_attention", "rotary", rotary)
+    if rotary_k is None:
+        if q.shape[-2:-1] != k.shape[-2:-1]:
+            lengths = f"{q.shape[-2]} queries and {k.shape[-2]} keys"
+            raise ValueError(f"rope_attention: rotary_k must be given where lengths differ, got None at {lengths}")
+        return rotary
+    _check_rotary("rope_attention", "rotary_k", rotary_k)
+    if rotary_k.interleaved != rotary.interleaved:
+        layouts = f"{rotary.interleaved} and {rotary_k.interleaved}"
+        raise ValueError(f"rope_attention: interleaved of rotary and rotary_k must be the same, got {layouts}")
+    return rotary_k
+
+
+def _tables(rotary: Rotary, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables in the dtype that x is rotated in."""
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return rotary.cos.to(compute), rotary.sin.to(compute)
