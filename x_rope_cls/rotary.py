@@ -8,9 +8,9 @@ length, so a compiled model does not recompile for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,22 @@ class Rotary:
         return Rotary(self.cos, self.sin, None, self.interleaved)
 
 
-_FIELDS = ("cos", "sin", "rotate")
+def _flatten(rotary: Rotary) -> tuple[list[Tensor | None], bool]:
+    return [rotary.cos, rotary.sin, rotary.rotate], rotary.interleaved
+
+
+def _flatten_with_keys(rotary: Rotary) -> tuple[list[tuple[pytree.KeyEntry, Tensor | None]], bool]:
+    values, interleaved = _flatten(rotary)
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(("cos", "sin", "rotate"), values)], interleaved
+
+
+def _unflatten(values: Iterable[Any], interleaved: bool) -> Rotary:
+    cos, sin, rotate = values
+    return Rotary(cos, sin, rotate, interleaved)
+
 
 pytree.register_pytree_node(
-    Rotary,
-    lambda rotary: ([rotary.cos, rotary.sin, rotary.rotate], rotary.interleaved),
-    lambda values, interleaved: Rotary(*values, interleaved=interleaved),
-    serialized_type_name="x_rope_cls.Rotary",
-    flatten_with_keys_fn=lambda rotary: (
-        [(pytree.GetAttrKey(name), getattr(rotary, name)) for name in _FIELDS],
-        rotary.interleaved,
-    ),
+    Rotary, _flatten, _unflatten, serialized_type_name="x_rope_cls.Rotary", flatten_with_keys_fn=_flatten_with_keys
 )
 
 
