@@ -1,5 +1,6 @@
-// Which CPU variant of the kernels runs. One table of function pointers per instruction set; the best
-// one that the processor and the operating system support is chosen when the library is loaded.
+// Which CPU variant of the kernels runs. One table of function pointers per instruction set; the
+// best one that the processor and the operating system support is chosen when the library is
+// loaded.
 #pragma once
 
 #include <cstdint>
@@ -22,17 +23,24 @@ struct KernelTable {
   LimitKernels limits;
 };
 
-// The table in use. Never null.
+// Exported from the kernels' library, which is built with hidden visibility.
+#pragma GCC visibility push(default)
+
+// The table in use.
 const KernelTable& kernels();
 
-// Variants compiled into this library, slowest first, null-terminated, and whether this machine runs one.
+// Variants compiled into this library, slowest first, null-terminated, and whether this machine
+// runs one.
 const char* const* built_isas();
 bool isa_supported(const char* name);
 
-// Uses the named variant from now on. False, and nothing changes, where it is unknown or unsupported.
+// Uses the named variant from now on. False, and nothing changes, where it is unknown or
+// unsupported.
 bool select_isa(const char* name);
 
 // Why the choice at load time was what it was: "" or a complaint about X_ROPE_CLS_CPU_ISA.
 const char* isa_warning();
+
+#pragma GCC visibility pop
 
 }  // namespace x_rope_cls::cpu

@@ -1,9 +1,11 @@
-// What each ISA variant defines. The sources that include this header are compiled once per ISA, with
-// X_ROPE_CLS_ISA (the namespace) and X_ROPE_CLS_LANES (float32 lanes of a vector) from the build.
+// What each ISA variant defines. The sources that include this header are compiled once per ISA,
+// with X_ROPE_CLS_ISA (the namespace) and X_ROPE_CLS_LANES (float32 lanes of a vector) from the
+// build.
 //
-// Everything in such a source lives in this namespace or in an anonymous one inside it, and no inline
-// function or template of std:: may be emitted from it: such a symbol is weak, the linker keeps one
-// copy of it for the whole library, and that copy may hold instructions the processor does not have.
+// Everything in such a source lives in this namespace or in an anonymous one inside it, and no
+// inline function or template of std:: may be emitted from it: such a symbol is weak, the linker
+// keeps one copy of it for the whole library, and that copy may hold instructions the processor
+// does not have.
 #pragma once
 
 #include "dispatch.h"
@@ -13,8 +15,6 @@
 #endif
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
-
-constexpr int kLanes = X_ROPE_CLS_LANES;
 
 // rope.cpp
 void rope(const RopeParams& params, const Parallel& parallel);

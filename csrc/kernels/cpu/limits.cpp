@@ -9,10 +9,13 @@ namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 
 namespace {
 
+constexpr int kLanes = X_ROPE_CLS_LANES;
+
 typedef float VectorF __attribute__((vector_size(kLanes * sizeof(float))));
 typedef uint64_t VectorU __attribute__((vector_size(kLanes * sizeof(float))));
 
-// Two FMA units of latency 4 or 5 need 10 in flight; a file of 16 registers holds 12 beside the operands.
+// Two FMA units of latency 4 or 5 need 10 in flight; a file of 16 registers holds 12 beside the
+// operands.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kChains = 24;
 #else

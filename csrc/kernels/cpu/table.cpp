@@ -8,7 +8,7 @@ namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 
 const KernelTable kTable = {
     .name = X_ROPE_CLS_STRING(X_ROPE_CLS_ISA),
-    .lanes = kLanes,
+    .lanes = X_ROPE_CLS_LANES,
     .rope = rope,
     .rope_table_grad = rope_table_grad,
     .attention_workspace = attention_workspace,
