@@ -1,0 +1,50 @@
+"""How far a result may be from the float64 reference. Every constant of that kind lives here.
+
+A result passes if ``max|out - exact| <= 2 * max|eager - exact| + k * eps * max(1, max|exact|)``, where `eager` is what
+the reference makes of the same rounded inputs in the tensors' own dtype. The first term lets a kernel be no more than
+twice as wrong as eager PyTorch. The second covers results on which eager happens to be exact (one key, zeros): `SLACK`
+is k, in units of the dtype's last place. Loosening one needs a reason written here.
+
+- float64 has no better reference: eager is `exact` itself, so that k has to cover the different order of summation
+  over up to some hundred terms, and exp2 in place of exp.
+- float32: the polynomial exp2 is good to about 2 units, its argument (a score times log2 e, up to 2^5) to as many.
+- bfloat16 and float16: inputs are the same, arithmetic is in float32, one final rounding to half a unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SLACK = {torch.float64: 64.0, torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+
+
+def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+    """The largest absolute error that passes, for finite elements."""
+    exact, eager = exact.double(), eager.double()
+    finite = exact.isfinite() & eager.isfinite()
+    error = _max((eager - exact)[finite])
+    return 2 * error + SLACK[dtype] * torch.finfo(dtype).eps * max(1.0, _max(exact[finite]))
+
+
+def assert_close(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "out") -> None:
+    """Fails if `out` is farther from `exact` than allowed, or not finite where `exact` is (and the reverse).
+
+    Args:
+        out: the result to judge.
+        eager: the reference's result in `dtype`.
+        exact: the reference's result in float64.
+        dtype: of the tensors that went in.
+        what: name for the message.
+    """
+    assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
+    result, exact = out.double(), exact.double()
+    special = ~exact.isfinite()
+    assert torch.equal(~result.isfinite(), special), f"{what}: not finite where expected to be, or the reverse"
+    assert torch.equal(result[special].nan_to_num(0.5), exact[special].nan_to_num(0.5)), f"{what}: wrong infinities"
+    error, limit = _max((result - exact)[~special]), allowance(eager, exact, dtype)
+    assert error <= limit, f"{what}: error {error:.3e} is above {limit:.3e} ({dtype})"
+
+
+def _max(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
