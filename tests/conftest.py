@@ -41,7 +41,7 @@ def _seeded() -> None:
 def _stub_torchvision() -> None:
     """Lets torchvision, which timm imports, load beside a torch that its compiled operators were not built for."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except ImportError:
         return
     except RuntimeError as error:

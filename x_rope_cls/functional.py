@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .rotary import Rotary
+from .tables import Rotary
 
 ClsRope = Literal["rotate", "skip", "mask"]
 
@@ -117,28 +117,26 @@ def rope_attention(
     mode = _CLS_ROPE.get(cls_rope)
     if mode is None:
         raise ValueError(f"rope_attention: cls_rope must be 'rotate', 'skip' or 'mask', got {cls_rope!r}")
-    cos_q = sin_q = cos_k = sin_k = rotate_q = rotate_k = None
-    interleaved = True
+    tables: tuple[Tensor | None, ...] = (None,) * 4
+    rotate: tuple[Tensor | None, ...] = (None,) * 2
     if rotary is not None:
         rotary_k = _key_rotary(q, k, rotary, rotary_k)
-        interleaved = rotary.interleaved
-        cos_q, sin_q = _tables(rotary, q)
-        cos_k, sin_k = (cos_q, sin_q) if rotary_k is rotary else _tables(rotary_k, k)
+        tables_q = _tables(rotary, q)
+        tables = (*tables_q, *(tables_q if rotary_k is rotary else _tables(rotary_k, k)))
         if cls_rope != "rotate":
-            rotate_q, rotate_k = rotary.rotate, rotary_k.rotate
+            rotate = (rotary.rotate, rotary_k.rotate)
     elif rotary_k is not None:
         raise ValueError("rope_attention: rotary must be given with rotary_k, got None")
 
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    interleaved = rotary is None or rotary.interleaved
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device) if dropout_p > 0 else None
     if scale is None:
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0  # no head_dim: the operator complains
     out: Tensor
     lse: Tensor
     out, lse = torch.ops.x_rope_cls.rope_attention(
-        q, k, v, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k, attn_mask, key_mask, seed, mode, interleaved, scale, dropout_p
-    )  # fmt: skip
+        q, k, v, *tables, *rotate, attn_mask, key_mask, seed, mode, interleaved, scale, dropout_p
+    )
     return (out, lse) if return_lse else out
 
 

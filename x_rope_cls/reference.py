@@ -12,7 +12,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .rotary import Rotary
+from .tables import Rotary
 
 ClsRope = Literal["rotate", "skip", "mask"]
 
@@ -178,7 +178,7 @@ def late_cls_pool(
 
 
 def dropout_keep_mask(seed: int | Tensor, batch: int, heads: int, queries: int, keys: int, p: float) -> Tensor:
-    """Which attention weights dropout keeps: counter-based random numbers, the same on every device and for every tiling.
+    """Which attention weights dropout keeps: counter-based, so the same on every device and for every tiling.
 
     Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the
     64-bit seed. One call at counter ((m >> 7) * 32 + (m & 31), n, bh low, bh high), with bh = b * heads + h, serves the
@@ -186,7 +186,10 @@ def dropout_keep_mask(seed: int | Tensor, batch: int, heads: int, queries: int, 
 
     Args:
         seed: any 64-bit integer, or an int64 tensor of one element.
-        batch, heads, queries, keys: sizes of the attention weights.
+        batch: sizes of the attention weights.
+        heads: see batch.
+        queries: see batch.
+        keys: see batch.
         p: probability that a weight is dropped, in [0, 1].
 
     Returns:

@@ -8,13 +8,11 @@ length, so a compiled model does not recompile for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ._checks import (
     check_bool,
@@ -25,55 +23,9 @@ from ._checks import (
     check_rotary_dim,
     check_rotate,
 )
+from .tables import Rotary
 
-
-@dataclass(frozen=True, eq=False)
-class Rotary:
-    """Rotation tables of one sequence of tokens. Works as an argument and a result under compile and export.
-
-    The operators check shapes and dtypes. Tables need not be a pure rotation: xpos scales them.
-
-    Attributes:
-        cos: (tokens, rotary_dim / 2), or broadcastable to (batch, heads, tokens, rotary_dim / 2) except along tokens
-            and channel pairs. Floating.
-        sin: the same shape.
-        rotate: bool (tokens,) or (batch, tokens). True: the token has a position; False: it has none (CLS, memory,
-            register). None: all have.
-        interleaved: True: channels (2i, 2i + 1) turn together; False: (i, i + rotary_dim / 2).
-    """
-
-    cos: Tensor
-    sin: Tensor
-    rotate: Tensor | None = None
-    interleaved: bool = True
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Rotary:
-        """Moves all tensors to a device and converts the tables, never ``rotate``, to a dtype."""
-        rotate = None if self.rotate is None else self.rotate.to(device)
-        return Rotary(self.cos.to(device, dtype), self.sin.to(device, dtype), rotate, self.interleaved)
-
-    def without_rotate(self) -> Rotary:
-        """The same tables for a sequence in which every token has a position."""
-        return Rotary(self.cos, self.sin, None, self.interleaved)
-
-
-def _flatten(rotary: Rotary) -> tuple[list[Tensor | None], bool]:
-    return [rotary.cos, rotary.sin, rotary.rotate], rotary.interleaved
-
-
-def _flatten_with_keys(rotary: Rotary) -> tuple[list[tuple[pytree.KeyEntry, Tensor | None]], bool]:
-    values, interleaved = _flatten(rotary)
-    return [(pytree.GetAttrKey(name), value) for name, value in zip(("cos", "sin", "rotate"), values)], interleaved
-
-
-def _unflatten(values: Iterable[Any], interleaved: bool) -> Rotary:
-    cos, sin, rotate = values
-    return Rotary(cos, sin, rotate, interleaved)
-
-
-pytree.register_pytree_node(
-    Rotary, _flatten, _unflatten, serialized_type_name="x_rope_cls.Rotary", flatten_with_keys_fn=_flatten_with_keys
-)
+__all__ = ["AxialRotaryEmbedding", "LearnedRotaryEmbedding", "Rotary", "RotaryEmbedding"]
 
 
 class _Embedding(nn.Module):
@@ -101,7 +53,7 @@ class _Embedding(nn.Module):
             lossy = moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device) if lossy else moved
 
-        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse)
         if was_meta:
             for name, value in self._compute_buffers().items():
                 buffer = getattr(self, name)
@@ -125,6 +77,11 @@ class _Embedding(nn.Module):
             has_position = nn.functional.pad(has_position, (prefix, suffix), value=False)
             rotate = has_position if rotate is None else rotate & has_position
         return Rotary(cos, sin, rotate, self.interleaved)
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(module)``."""
+        options = {name: value for name, value in vars(self).items() if not name.startswith("_") and name != "training"}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 class RotaryEmbedding(_Embedding):
@@ -194,7 +151,8 @@ class RotaryEmbedding(_Embedding):
             Tables (tokens, dim / 2), or (batch, 1, tokens, dim / 2) for positions with a batch.
 
         Raises:
-            TypeError, ValueError: positions are not real and finite (checked outside compiled code), or of a wrong shape.
+            TypeError, ValueError: positions are not real, not finite (checked outside compiled code), or of a wrong
+                shape.
         """
         positions = check_positions(type(self).__name__, positions_or_length, self.inv_freq.device)
         angles = positions.to(self.inv_freq.dtype)[..., None] * self.inv_freq / self.interpolation_factor
@@ -210,9 +168,6 @@ class RotaryEmbedding(_Embedding):
         middle = (positions.max() + 1) // 2 if positions.numel() else 0
         power = (positions - middle) / self.scale_base
         return self.scale ** power[..., None]
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, base={self.base}, use_xpos={self.use_xpos}, interleaved={self.interleaved}"
 
 
 class AxialRotaryEmbedding(_Embedding):
@@ -319,9 +274,6 @@ class AxialRotaryEmbedding(_Embedding):
             axes.append(coordinate)
         return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1)
 
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, base={self.base}, coordinates={self.coordinates!r}, interleaved={self.interleaved}"
-
 
 class LearnedRotaryEmbedding(_Embedding):
     """Rotary position embedding with trainable frequencies, per head if wanted, of positions with any number of axes.
@@ -414,6 +366,3 @@ class LearnedRotaryEmbedding(_Embedding):
         sizes = [check_count(name, "positions", size) for size in positions]
         axes = torch.meshgrid(*(torch.arange(size, device=device) for size in sizes), indexing="ij")
         return torch.stack([axis.flatten() for axis in axes], dim=-1)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_axes={self.num_axes}, heads={self.heads}, interleaved={self.interleaved}"
