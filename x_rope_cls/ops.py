@@ -24,7 +24,7 @@ _ops = torch.ops.x_rope_cls
 
 @torch.library.register_fake("x_rope_cls::rope")
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, rotate: Tensor | None, interleaved: bool, inverse: bool) -> Tensor:
-    checks.rope("rope", x, cos, sin, rotate)
+    checks.check_rope(x, cos, sin, rotate)
     return _tokens_outside_heads(x, x.shape[-1])
 
 
@@ -32,7 +32,7 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, rotate: Tensor | None, inter
 def _rope_table_grad_fake(
     grad: Tensor, x: Tensor, cos: Tensor, rotate: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    checks.rope_table_grad(grad, x, cos, rotate)
+    checks.check_rope_table_grad(grad, x, cos, rotate)
     return cos.new_empty(cos.shape), cos.new_empty(cos.shape)
 
 
@@ -105,7 +105,7 @@ def _attention_fake(
     args = checks.AttentionArguments(
         q, k, v, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k, attn_mask, key_mask, seed, cls_rope, scale, dropout_p
     )
-    checks.attention("rope_attention", args)
+    checks.check_attention("rope_attention", args)
     lse = q.new_empty(q.shape[:3], dtype=checks.compute_dtype(q))
     return _tokens_outside_heads(q, v.shape[-1]), lse
 
@@ -138,14 +138,15 @@ def _attention_backward_fake(
     args = checks.AttentionArguments(
         q, k, v, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k, attn_mask, key_mask, seed, cls_rope, scale, dropout_p
     )
-    checks.attention_backward(args, grad_out, grad_lse, out, lse, need_bias_grad, need_table_grad)
+    gradients = checks.AttentionGradients(grad_out, grad_lse, out, lse, need_bias_grad, need_table_grad)
+    checks.check_attention_backward(args, gradients)
 
     def like(t: Tensor | None, wanted: bool) -> Tensor:
         return q.new_empty(t.shape if t is not None and wanted else (0,), dtype=checks.compute_dtype(q))
 
-    gradients = (_tokens_outside_heads(t, t.shape[-1]) for t in (q, k, v))
+    dqkv = (_tokens_outside_heads(t, t.shape[-1]) for t in (q, k, v))
     tables = (like(t, need_table_grad) for t in (cos_q, sin_q, cos_k, sin_k))
-    return (*gradients, like(attn_mask, need_bias_grad), *tables)
+    return (*dqkv, like(attn_mask, need_bias_grad), *tables)
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
