@@ -1,0 +1,107 @@
+# Everything runs in a virtual environment of its own, which the first target that needs it makes.
+#
+#   make demo      trains small models on real data with every cls_rope and prints a table
+#   make test      all tests            make lint      formatting, types, static analysis
+#   make build     the native parts     make format    formats the sources
+#   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make test-next-torch  the binary built for one torch, tested on a later one
+
+PYTHON ?= python3
+VENV ?= .venv
+NEXT_VENV ?= .venv-next
+TORCH ?= torch==2.13.0
+NEXT_TORCH ?= torch==2.14.1
+# For example PIP_FLAGS="--extra-index-url URL" for an index with CPU builds of torch.
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+DEMO_FLAGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
+native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
+cpp_sources := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
+quick_tests := tests/test_build.py tests/test_ops.py tests/test_rope.py tests/test_attention.py
+
+.PHONY: demo test build lint format sanitize test-next-torch clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-build
+	$(bin)/python -m x_rope_cls demo $(DEMO_FLAGS)
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-build
+	$(bin)/python -m pytest $(PYTEST_FLAGS)
+
+build: $(VENV)/.stamp-build
+
+# ---- environment ---------------------------------------------------------------------------------
+
+$(bin)/python:
+	$(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer, got " + sys.version) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.stamp-torch: requirements/build.txt | $(bin)/python
+	$(pip) $(TORCH) -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.stamp-demo: requirements/demo.txt $(VENV)/.stamp-torch
+	$(pip) $(TORCH) -r requirements/demo.txt
+	@touch $@
+
+$(VENV)/.stamp-test: requirements/test.txt requirements/without-deps.txt $(VENV)/.stamp-demo
+	$(pip) $(TORCH) -r requirements/test.txt
+	$(pip) --no-deps -r requirements/without-deps.txt
+	@touch $@
+
+$(VENV)/.stamp-lint: requirements/lint.txt $(VENV)/.stamp-torch
+	$(pip) -r requirements/lint.txt
+	@touch $@
+
+# The test-only variant of the kernels is built too, so that tests cover 16 lanes on every x86 machine.
+$(VENV)/.stamp-build: $(native_sources) setup.py pyproject.toml $(VENV)/.stamp-torch
+	PATH="$(abspath $(bin)):$$PATH" MAX_JOBS=$(JOBS) X_ROPE_CLS_TEST_ISA=1 $(bin)/python setup.py -q build_ext --inplace
+	PATH="$(abspath $(bin)):$$PATH" MAX_JOBS=$(JOBS) X_ROPE_CLS_TEST_ISA=1 $(pip) --no-build-isolation --no-deps -e .
+	@touch $@
+
+# ---- checks --------------------------------------------------------------------------------------
+
+lint: $(VENV)/.stamp-lint
+	$(bin)/ruff check $(python_sources)
+	$(bin)/ruff format --check $(python_sources)
+	$(bin)/mypy
+	$(bin)/clang-format --dry-run --Werror $(cpp_sources)
+	tools/clang_tidy.sh $(bin) build/lint $(JOBS)
+
+format: $(VENV)/.stamp-lint
+	$(bin)/ruff check --fix-only $(python_sources)
+	$(bin)/ruff format $(python_sources)
+	$(bin)/clang-format -i $(cpp_sources)
+
+sanitize: $(VENV)/.stamp-torch
+	$(bin)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DX_ROPE_CLS_TORCH=OFF \
+	    -DX_ROPE_CLS_PYTHON=OFF -DX_ROPE_CLS_TEST_ISA=ON -DX_ROPE_CLS_NATIVE_TESTS=ON \
+	    -DX_ROPE_CLS_SANITIZE=address,undefined
+	$(bin)/cmake --build build/sanitize --parallel $(JOBS)
+	build/sanitize/tests/native/kernels_test
+
+# ---- the same binary on a later torch ------------------------------------------------------------
+
+next := $(NEXT_VENV)/bin
+
+$(NEXT_VENV)/.stamp-test: requirements/demo.txt requirements/test.txt
+	$(PYTHON) -m venv $(NEXT_VENV)
+	$(next)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) $(NEXT_TORCH) numpy \
+	    -r requirements/test.txt x-transformers
+	@touch $@
+
+test-next-torch: $(VENV)/.stamp-build $(NEXT_VENV)/.stamp-test
+	rm -rf build/wheels
+	PATH="$(abspath $(bin)):$$PATH" MAX_JOBS=$(JOBS) $(bin)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheels .
+	$(next)/python -m pip install -q --no-deps --force-reinstall build/wheels/*.whl
+	cd build && $(abspath $(next))/python -c \
+	    'import torch, x_rope_cls as x; print(torch.__version__, x.__file__); assert "site-packages" in x.__file__'
+	$(next)/pytest -m "not slow" $(PYTEST_FLAGS) $(quick_tests)
+
+clean:
+	rm -rf build dist $(VENV) $(NEXT_VENV) x_rope_cls/lib x_rope_cls/_C.*.so *.egg-info
