@@ -60,7 +60,7 @@ struct AttentionBackwardParams {
   Tensor4 dk_rotated;
 
   // Gradient of the bias, compute type, zero-filled by the caller, strides 0 where the bias is
-  // broadcast; null: not wanted.
+  // broadcast along batches, heads or queries, but never along keys; null: not wanted.
   void* dbias;
   int64_t dbias_stride_b, dbias_stride_h, dbias_stride_n, dbias_stride_m;
 };

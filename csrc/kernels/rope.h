@@ -39,7 +39,8 @@ struct RopeParams {
 // Gradients of sum(grad * rope(x)) to cos and sin, summed over the axes the tables are broadcast
 // along. dcos and dsin: compute type, contiguous (table_batch, table_heads, tokens, pairs).
 struct RopeTableGradParams {
-  DType dtype;
+  DType dtype;       // of x
+  DType grad_dtype;  // the same, or the compute type
   Tensor4 grad;
   Tensor4 x;
   const uint8_t* rotate;

@@ -1,0 +1,491 @@
+// Attention forward: blocked online softmax over packed keys.
+//
+// Keys and values of one key head are packed once into panels of the compute type, keys rotated and
+// transposed on the way; then blocks of query rows pass over them. Rows with a position meet rotated
+// panels of keys with a position and raw panels of the others; rows without one meet raw panels only.
+// Tasks (pack a range of keys, attend with a block of rows) are handed out in order from one counter;
+// a ring of packed heads bounds the memory.
+#include "../attention.h"
+
+#include "attention_common.h"
+#include "isa.h"
+#include "tasks.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+constexpr int64_t kMostRows = 96;        // of a query block
+constexpr int64_t kLeastRows = 24;       // when there are too few blocks for the workers
+constexpr int64_t kKeyBlock = 512;       // columns of scores held at a time
+constexpr int64_t kPackKeys = 512;       // keys a packing task takes
+constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
+constexpr int kRescaleAbove = 8;         // growth of a row's maximum (log2) that is worth a rescale
+
+// Sizes and choices of one call.
+template <typename T>
+struct ForwardPlan {
+  const AttentionParams* p;
+  int64_t workers;
+  int64_t row_block;
+  int64_t group;               // query heads a key head
+  int64_t most_columns;
+  int64_t key_width;           // head_dim padded to whole vectors
+  int64_t value_width;         // value_dim padded to whole vectors
+  int64_t value_panels;
+  int64_t score_stride;
+  int64_t slots;               // packed heads in flight
+  int64_t packs, attends;      // tasks a key head
+  bool raw_keys;               // rows without a position need ordinary keys unrotated
+  Splits queries, keys;
+};
+
+// What packing one key head leaves: keys as panels [column panel][channel][column], those with a
+// position rotated in `keys` and, for rows without one, as they are in `raw`; values as panels
+// [value panel][column][2 vectors].
+template <typename T>
+struct PackedHead {
+  T* keys;
+  T* raw;
+  T* values;
+  Counter* packed;    // packing tasks done, over all heads that used the slot
+  Counter* attended;  // attending tasks done
+};
+
+template <typename T>
+struct RowScratch {
+  T* query;      // (rows, head_dim), scaled by scale * log2(e); rotated where rows have a position
+  T* query_raw;  // the same, unrotated
+  T* scores;     // (rows, score_stride)
+  T* out;        // (rows, value_width)
+  T* maximum;    // (rows), log2
+  T* sum;        // (rows)
+  T* rows;       // (2 vectors, widest row)
+  T* table;      // (2 * pairs)
+  T* factors;    // (key block), dropout
+};
+
+template <typename T>
+struct ForwardMemory {
+  ForwardPlan<T> plan;
+  PackedHead<T>* heads;
+  RowScratch<T>* scratch;
+};
+
+static inline double forward_flops(const AttentionParams& p) {
+  return 2.0 * static_cast<double>(p.batch * p.heads) * static_cast<double>(p.queries) *
+         static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
+}
+
+// Balanced blocks of rows, each a whole number of register tiles where there are enough rows.
+template <typename T>
+static int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
+  constexpr int64_t kTile = VecTraits<T>::kTileRows;
+  const int64_t heads = max_of<int64_t>(1, p.batch * p.heads);
+  int64_t blocks = ceil_div(max_of<int64_t>(p.queries, 1), kMostRows);
+  while (workers > 1 && heads * blocks < 4 * workers && p.queries / blocks > kLeastRows) ++blocks;
+  return max_of<int64_t>(1, min_of(p.queries, round_up(ceil_div(p.queries, blocks), kTile)));
+}
+
+template <typename T>
+static ForwardPlan<T> make_plan(const AttentionParams& p, int64_t most_workers) {
+  ForwardPlan<T> plan{};
+  plan.p = &p;
+  plan.workers = useful_workers(most_workers, forward_flops(p), kFlopsPerWorker);
+  plan.row_block = choose_row_block<T>(p, plan.workers);
+  plan.group = p.key_heads == 0 ? 1 : p.heads / p.key_heads;
+  plan.most_columns = most_columns<T>(p.keys);
+  plan.key_width = round_up(p.head_dim, kLanes<T>);
+  plan.value_width = round_up(p.value_dim, kLanes<T>);
+  plan.value_panels = ceil_div(plan.value_width, 2 * kLanes<T>);
+  const int64_t widest = min_of(kKeyBlock + 2 * kLanes<T>, plan.most_columns);
+  plan.score_stride = widest + kLanes<T>;  // no power of two: rows must not share cache sets
+  plan.slots = min_of(p.batch * p.key_heads, plan.workers == 1 ? 1 : plan.workers + 1);
+  plan.packs = ceil_div(p.keys, kPackKeys);
+  // One block more than the rows need where two classes of rows each end in a part of a block.
+  plan.attends = plan.group * (ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0));
+  plan.raw_keys = sets_apart(p) && p.table_q.rotate != nullptr;
+  return plan;
+}
+
+template <typename T>
+static ForwardMemory<T> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
+  ForwardMemory<T> m{};
+  m.plan = make_plan<T>(p, workers);
+  ForwardPlan<T>& plan = m.plan;
+  plan.queries = take_splits(arena, query_source(p));
+  plan.keys = take_splits(arena, key_source(p));
+  m.heads = arena.take<PackedHead<T>>(plan.slots);
+  m.scratch = arena.take<RowScratch<T>>(plan.workers);
+  for (int64_t i = 0; i < plan.slots; ++i) {
+    PackedHead<T> head{};
+    head.keys = arena.take<T>(plan.most_columns * p.head_dim);
+    head.raw = plan.raw_keys ? arena.take<T>(plan.most_columns * p.head_dim) : nullptr;
+    head.values = arena.take<T>(plan.value_panels * 2 * kLanes<T> * plan.most_columns);
+    head.packed = arena.take<Counter>(1);
+    head.attended = arena.take<Counter>(1);
+    if (arena.base != nullptr) m.heads[i] = head;
+  }
+  const int64_t widest_row = max_of(plan.key_width, plan.value_width);
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    RowScratch<T> s{};
+    s.query = arena.take<T>(plan.row_block * p.head_dim);
+    s.query_raw = sets_apart(p) ? arena.take<T>(plan.row_block * p.head_dim) : nullptr;
+    s.scores = arena.take<T>(plan.row_block * plan.score_stride);
+    s.out = arena.take<T>(plan.row_block * plan.value_width);
+    s.maximum = arena.take<T>(plan.row_block);
+    s.sum = arena.take<T>(plan.row_block);
+    s.rows = arena.take<T>(2 * kLanes<T> * widest_row);
+    s.table = arena.take<T>(2 * p.pairs);
+    s.factors = p.dropout_p > 0 ? arena.take<T>(plan.score_stride) : nullptr;
+    if (arena.base != nullptr) m.scratch[i] = s;
+  }
+  return m;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Packing.
+
+// One panel of keys, `width` columns from `column`: `count` of them are keys, the rest padding.
+template <typename S>
+void pack_key_panel(const ForwardPlan<Compute<S>>& plan, int64_t b, int64_t h, const int32_t* index,
+                    int64_t count, int64_t width, bool ordinary, bool rotated,
+                    const RowScratch<Compute<S>>& scratch, Compute<S>* to) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  for (int64_t i = 0; i < width; ++i) {
+    T* row = scratch.rows + i * plan.key_width;
+    if (i < count) {
+      const bool turned = rotated && ordinary && turns(p, p.table_k, b, index[i]);
+      pack_row<S>(p, p.k, p.table_k, b, h, index[i], p.head_dim, plan.key_width, turned, T{1}, row,
+                  scratch.table);
+    } else {
+      for (int64_t d = 0; d < plan.key_width; ++d) row[d] = T{0};
+    }
+  }
+  transpose_panel(scratch.rows, plan.key_width, width, p.head_dim, to);
+}
+
+// Values of `width` columns from `column`; padding columns become zero rows.
+template <typename S>
+void pack_values(const ForwardPlan<Compute<S>>& plan, const Columns& columns, int64_t b, int64_t h,
+                 const int32_t* index, int64_t count, int64_t column, int64_t width,
+                 const RowScratch<Compute<S>>& scratch, Compute<S>* values) {
+  using T = Compute<S>;
+  constexpr int64_t kWide = 2 * kLanes<T>;
+  const AttentionParams& p = *plan.p;
+  T* row = scratch.rows;
+  for (int64_t i = 0; i < width; ++i) {
+    if (i < count) {
+      pack_row<S>(p, p.v, p.table_k, b, h, index[i], p.value_dim, plan.value_width, false, T{1}, row,
+                  scratch.table);
+    } else if (i == count) {
+      for (int64_t d = 0; d < plan.value_width; ++d) row[d] = T{0};
+    }
+    for (int64_t d = 0; d < plan.value_width; d += kLanes<T>) {
+      T* panel = values + d / kWide * kWide * columns.total + (column + i) * kWide;
+      store<T>(panel + d % kWide, load<T>(row + d));
+    }
+  }
+}
+
+// Panels that start in columns [first, last) of the head.
+template <typename S>
+void pack_head(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<S>>& head, int64_t unit,
+               int64_t first, int64_t last, const RowScratch<Compute<S>>& scratch) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  const int64_t b = unit / p.key_heads;
+  const int64_t h = unit % p.key_heads;
+  const Split split = plan.keys.of(b);
+  const Columns columns = columns_of<T>(split);
+  const bool raw_too = head.raw != nullptr && plan.queries.of(b).special > 0;
+  for (int64_t c = 0; c < columns.total;) {
+    const int64_t width = panel_width<T>(columns, c);
+    if (c >= first && c < last) {
+      const bool ordinary = c < columns.special_start;
+      const int64_t key = ordinary ? c : columns.ordinary + (c - columns.special_start);
+      const int64_t end = ordinary ? columns.ordinary : columns.ordinary + columns.special;
+      const int64_t count = min_of(width, end - key);
+      const int32_t* index = split.index + key;
+      pack_key_panel<S>(plan, b, h, index, count, width, ordinary, true, scratch,
+                        head.keys + c * p.head_dim);
+      if (raw_too && ordinary) {
+        pack_key_panel<S>(plan, b, h, index, count, width, ordinary, false, scratch,
+                          head.raw + c * p.head_dim);
+      }
+      pack_values<S>(plan, columns, b, h, index, count, c, width, scratch, head.values);
+    }
+    c += width;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Attending.
+
+// A block of query rows of one class.
+struct RowBlock {
+  int64_t b, h, unit;
+  const int32_t* index;  // of its rows
+  int64_t rows;
+  bool ordinary;
+};
+
+template <typename S>
+void pack_queries(const ForwardPlan<Compute<S>>& plan, const RowBlock& block, bool raw_too,
+                  const RowScratch<Compute<S>>& s) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  const T scale = static_cast<T>(p.scale * kLog2E);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t n = block.index[r];
+    const bool turned = block.ordinary && turns(p, p.table_q, block.b, n);
+    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, p.head_dim, turned, scale,
+                s.query + r * p.head_dim, s.table);
+    if (raw_too) {
+      pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, p.head_dim, false, scale,
+                  s.query_raw + r * p.head_dim, s.table);
+    }
+  }
+}
+
+// Scores of all rows with the keys in columns [first, last).
+template <typename T>
+void score_block(const ForwardPlan<T>& plan, const Columns& columns, const PackedHead<T>& head,
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<T>& s) {
+  const int64_t d = plan.p->head_dim;
+  for (int64_t c = first; c < last;) {
+    const int64_t width = panel_width<T>(columns, c);
+    const bool ordinary_keys = c < columns.special_start;
+    // Special rows are packed raw already; ordinary ones meet special keys raw.
+    const T* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
+    const T* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + c * d;
+    T* scores = s.scores + (c - first);
+    if (width == 2 * kLanes<T>) {
+      multiply_panel<T, Left::kByRow, false, 2>(block.rows, d, query, d, keys, width, scores,
+                                                plan.score_stride);
+    } else {
+      multiply_panel<T, Left::kByRow, false, 1>(block.rows, d, query, d, keys, width, scores,
+                                                plan.score_stride);
+    }
+    c += width;
+  }
+}
+
+template <typename T>
+X_ROPE_CLS_INLINE T row_maximum(const T* row, int64_t columns) {
+  constexpr int kChains = 4;
+  Vec<T> best[kChains];
+  for (auto& v : best) v = broadcast<T>(-kInfinity<T>);
+  int64_t j = 0;
+  for (; j + kChains * kLanes<T> <= columns; j += kChains * kLanes<T>) {
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kChains; ++i) {
+      best[i] = max_keep_nan<T>(best[i], load<T>(row + j + i * kLanes<T>));
+    }
+  }
+  for (; j < columns; j += kLanes<T>) best[0] = max_keep_nan<T>(best[0], load<T>(row + j));
+  return max_lanes_keep_nan<T>(max_keep_nan<T>(max_keep_nan<T>(best[0], best[1]),
+                                               max_keep_nan<T>(best[2], best[3])));
+}
+
+// row[j] = 2^(row[j] - shift); returns the sum.
+template <typename T>
+X_ROPE_CLS_INLINE T exponentiate(T* row, int64_t columns, T shift) {
+  constexpr int kChains = 4;
+  const Vec<T> by = broadcast<T>(shift);
+  Vec<T> sum[kChains] = {};
+  int64_t j = 0;
+  for (; j + kChains * kLanes<T> <= columns; j += kChains * kLanes<T>) {
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kChains; ++i) {
+      const Vec<T> e = exp2<T>(load<T>(row + j + i * kLanes<T>) - by);
+      store<T>(row + j + i * kLanes<T>, e);
+      sum[i] += e;
+    }
+  }
+  for (; j < columns; j += kLanes<T>) {
+    const Vec<T> e = exp2<T>(load<T>(row + j) - by);
+    store<T>(row + j, e);
+    sum[0] += e;
+  }
+  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// Scores of one row become weights relative to the row's reference maximum; what was summed before
+// is rescaled only if the maximum has grown by more than 2^kRescaleAbove can bear.
+template <typename T>
+X_ROPE_CLS_INLINE void soften_row(const ForwardPlan<T>& plan, T* row, int64_t columns, int64_t r,
+                                  const RowScratch<T>& s) {
+  const T maximum = row_maximum(row, columns);
+  if (maximum > s.maximum[r] + T{kRescaleAbove}) {
+    const T before = s.maximum[r];
+    s.maximum[r] = maximum;
+    if (s.sum[r] != T{0}) {
+      const T factor = exp2<T>(broadcast<T>(before - maximum))[0];
+      s.sum[r] *= factor;
+      T* out = s.out + r * plan.value_width;
+      for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= factor;
+    }
+  }
+  const T reference = s.maximum[r];
+  s.sum[r] += exponentiate(row, columns, reference == -kInfinity<T> ? T{0} : reference);
+}
+
+template <typename T>
+void drop_row(const ForwardPlan<T>& plan, const Columns& columns, const Split& split,
+              const RowBlock& block, int64_t first, int64_t last, int64_t n, T* row, T* factors) {
+  const Dropout dropout = make_dropout(plan.p->dropout_p, plan.p->seed);
+  const int64_t bh = block.b * plan.p->heads + block.h;
+  for_each_run(columns, split, first, last, [&](int64_t at, const int32_t* index, int64_t count) {
+    dropout_factors(dropout, bh, n, index, count, factors);
+    for (int64_t j = 0; j < count; ++j) row[at + j] *= factors[j];
+  });
+}
+
+// Biases, softmax and dropout of the scores in columns [first, last).
+template <typename T>
+void soften_block(const ForwardPlan<T>& plan, const Columns& columns, const Split& split,
+                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<T>& s) {
+  const AttentionParams& p = *plan.p;
+  const bool padding = has_padding(columns, first, last);
+  for (int64_t r = 0; r < block.rows; ++r) {
+    T* row = s.scores + r * plan.score_stride;
+    const int64_t n = block.index[r];
+    if (p.bias != nullptr) {
+      const ScoreBias bias = bias_of(p, block.b, block.h, n);
+      for_each_run(columns, split, first, last,
+                   [&](int64_t at, const int32_t* index, int64_t count) {
+                     add_bias(bias, index, count, row + at);
+                   });
+    }
+    if (padding) hide_padding(columns, first, last, row);
+    soften_row(plan, row, last - first, r, s);
+    if (p.dropout_p > 0) {
+      drop_row(plan, columns, split, block, first, last, n, row, s.factors);
+    }
+  }
+}
+
+template <typename S>
+void store_block(const ForwardPlan<Compute<S>>& plan, const RowBlock& block,
+                 const RowScratch<Compute<S>>& s) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  T* lse = static_cast<T*>(p.lse) + (block.b * p.heads + block.h) * p.queries;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t n = block.index[r];
+    T* out = s.out + r * plan.value_width;
+    const bool empty = s.sum[r] == T{0};
+    const T inverse = empty ? T{0} : T{1} / s.sum[r];
+    for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= inverse;
+    store_row<S>(out, p.out.stride_d, p.value_dim, row_at<S>(p.out, block.b, block.h, n));
+    const double log_sum = static_cast<double>(s.maximum[r]) +
+                           __builtin_log2(static_cast<double>(s.sum[r]));
+    lse[n] = empty ? -kInfinity<T> : static_cast<T>(log_sum * kLn2);
+  }
+}
+
+template <typename S>
+void attend_block(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<S>>& head,
+                  const RowBlock& block, const RowScratch<Compute<S>>& s) {
+  using T = Compute<S>;
+  const Split split = plan.keys.of(block.b);
+  const Columns columns = columns_of<T>(split);
+  pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+  for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
+  for (int64_t r = 0; r < block.rows; ++r) {
+    s.maximum[r] = -kInfinity<T>;
+    s.sum[r] = T{0};
+  }
+  for (int64_t first = 0; first < columns.total;) {
+    const int64_t last = block_end<T>(columns, first, kKeyBlock);
+    score_block(plan, columns, head, block, first, last, s);
+    soften_block(plan, columns, split, block, first, last, s);
+    multiply<T, Left::kByRow, true>(block.rows, plan.value_width, last - first, s.scores,
+                                    plan.score_stride, head.values + first * 2 * kLanes<T>,
+                                    2 * kLanes<T>, 2 * kLanes<T> * columns.total, s.out,
+                                    plan.value_width);
+    first = last;
+  }
+  store_block<S>(plan, block, s);
+}
+
+// Rows of attending task `task` of a key head: blocks of ordinary rows, then of special ones.
+template <typename T>
+RowBlock find_rows(const ForwardPlan<T>& plan, int64_t unit, int64_t task) {
+  const AttentionParams& p = *plan.p;
+  const int64_t blocks = plan.attends / plan.group;
+  RowBlock block{};
+  block.b = unit / p.key_heads;
+  block.unit = unit;
+  block.h = unit % p.key_heads * plan.group + task / blocks;
+  const int64_t i = task % blocks;
+  const Split rows = plan.queries.of(block.b);
+  const int64_t ordinary_blocks = ceil_div(rows.ordinary, plan.row_block);
+  block.ordinary = i < ordinary_blocks;
+  const int64_t start = block.ordinary
+                            ? i * plan.row_block
+                            : rows.ordinary + (i - ordinary_blocks) * plan.row_block;
+  const int64_t end = block.ordinary ? rows.ordinary : rows.ordinary + rows.special;
+  block.index = rows.index + start;
+  block.rows = max_of<int64_t>(0, min_of(plan.row_block, end - start));
+  return block;
+}
+
+template <typename S>
+void run_task(const ForwardMemory<Compute<S>>& m, int64_t task, int64_t worker) {
+  using T = Compute<S>;
+  const ForwardPlan<T>& plan = m.plan;
+  const int64_t tasks = plan.packs + plan.attends;
+  const int64_t unit = task / tasks;
+  const int64_t local = task % tasks;
+  const int64_t round = unit / plan.slots;  // how many heads used the slot before
+  const PackedHead<T>& head = m.heads[unit % plan.slots];
+  if (local < plan.packs) {
+    wait_until(*head.attended, round * plan.attends);
+    // A split may leave fewer columns than keys, and special ones start a vector of their own.
+    const int64_t last = local + 1 == plan.packs ? plan.most_columns : (local + 1) * kPackKeys;
+    pack_head<S>(plan, head, unit, local * kPackKeys, last, m.scratch[worker]);
+    add(*head.packed, 1);
+  } else {
+    wait_until(*head.packed, (round + 1) * plan.packs);
+    const RowBlock block = find_rows(plan, unit, local - plan.packs);
+    if (block.rows > 0) attend_block<S>(plan, head, block, m.scratch[worker]);
+    add(*head.attended, 1);
+  }
+}
+
+template <typename S>
+void forward_typed(const AttentionParams& p, const Parallel& parallel, void* workspace) {
+  Arena arena{static_cast<char*>(workspace), 0};
+  const auto m = take_memory<Compute<S>>(p, parallel.workers, arena);
+  fill_splits(m.plan.queries, query_source(p));
+  fill_splits(m.plan.keys, key_source(p));
+  for (int64_t i = 0; i < m.plan.slots; ++i) {
+    m.heads[i].packed->value = 0;
+    m.heads[i].attended->value = 0;
+  }
+  const int64_t tasks = p.batch * p.key_heads * (m.plan.packs + m.plan.attends);
+  run_tasks(parallel, m.plan.workers, tasks,
+            [&](int64_t task, int64_t worker) { run_task<S>(m, task, worker); });
+}
+
+}  // namespace
+
+int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
+  int64_t bytes = 0;
+  with_storage_type(params.dtype, [&](auto type) {
+    Arena arena{nullptr, 0};
+    take_memory<Compute<decltype(type)>>(params, workers, arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+void attention_forward(const AttentionParams& params, const Parallel& parallel, void* workspace) {
+  with_storage_type(params.dtype, [&](auto type) {
+    forward_typed<decltype(type)>(params, parallel, workspace);
+  });
+}
+
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

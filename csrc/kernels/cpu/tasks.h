@@ -1,0 +1,70 @@
+// A shared counter that hands out tasks in increasing order, and waiting for earlier tasks.
+#pragma once
+
+#include <sched.h>
+
+#include <cstdint>
+
+#include "../parallel.h"
+#include "vec.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+// One counter a cache line, so that threads do not disturb each other.
+struct alignas(64) Counter {
+  int64_t value;
+};
+
+X_ROPE_CLS_INLINE int64_t add(Counter& c, int64_t by) {
+  return __atomic_fetch_add(&c.value, by, __ATOMIC_ACQ_REL);
+}
+
+// Returns once the counter has reached `target`. Tasks are handed out in increasing order, so
+// whoever a task may wait for has been taken by somebody who is running.
+X_ROPE_CLS_INLINE void wait_until(const Counter& c, int64_t target) {
+  for (int64_t spins = 0; __atomic_load_n(&c.value, __ATOMIC_ACQUIRE) < target; ++spins) {
+    if (spins > 256) {
+      sched_yield();
+    } else {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+}
+
+template <typename F>
+struct TaskLoop {
+  const F* body;
+  Counter next;
+  int64_t tasks;
+  static void run(void* self, int64_t worker) {
+    auto& loop = *static_cast<TaskLoop*>(self);
+    for (int64_t t = add(loop.next, 1); t < loop.tasks; t = add(loop.next, 1)) {
+      (*loop.body)(t, worker);
+    }
+  }
+};
+
+// body(task, worker) for every task, each by whoever is free, started in increasing order.
+template <typename F>
+X_ROPE_CLS_INLINE void run_tasks(const Parallel& parallel, int64_t workers, int64_t tasks,
+                                 const F& body) {
+  if (workers <= 1 || tasks <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) body(t, 0);
+    return;
+  }
+  TaskLoop<F> loop{&body, {0}, tasks};
+  parallel.run(parallel.context, min_of(workers, tasks), &TaskLoop<F>::run, &loop);
+}
+
+// Workers worth waking for so much work: a thread costs about as much as `least` units of it.
+X_ROPE_CLS_INLINE int64_t useful_workers(int64_t workers, double work, double least) {
+  const double useful = work / least;
+  return useful >= static_cast<double>(workers) ? workers
+                                                : max_of<int64_t>(1, static_cast<int64_t>(useful));
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

@@ -1,0 +1,145 @@
+// Matrix products of small blocks: C (+)= A B with C in registers, a tile of rows by one or two
+// vectors at a time. Both attention passes are built of these.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+// How the left operand lies in memory: element (row, k) at row * stride + k, or at k * stride + row.
+enum class Left { kByRow, kByColumn };
+
+// Offsets of the rows of a tile from two running pointers, so that all of them fit x86 addressing.
+template <typename T, Left kLeft, int kRows>
+struct LeftRows {
+  const T* low;
+  const T* high;  // row 6
+  int64_t stride, stride3, stride5;
+
+  X_ROPE_CLS_INLINE LeftRows make(const T* a, int64_t stride) {
+    return {a, kLeft == Left::kByRow ? a + 6 * stride : a, stride, 3 * stride, 5 * stride};
+  }
+  // Element k of row `row`, k counted from where the pointers are.
+  __attribute__((always_inline)) T at(int row, int64_t k) const {
+    if constexpr (kLeft == Left::kByColumn) return low[k * stride + row];
+    const T* base = row < 6 ? low : high;
+    switch (row % 6) {
+      case 0:
+        return base[k];
+      case 1:
+        return base[k + stride];
+      case 2:
+        return base[k + 2 * stride];
+      case 3:
+        return base[k + stride3];
+      case 4:
+        return base[k + 4 * stride];
+      default:
+        return base[k + stride5];
+    }
+  }
+  __attribute__((always_inline)) void advance(int64_t k) {
+    const int64_t step = kLeft == Left::kByColumn ? k * stride : k;
+    low += step;
+    high += step;
+  }
+};
+
+// acc[row][v] += sum over k < depth of A(row, k) * B(k, v); B's rows are `b_stride` apart.
+template <typename T, Left kLeft, int kRows, int kVectors>
+X_ROPE_CLS_INLINE void multiply_tile(Vec<T> (&acc)[kRows][kVectors], const T* a, int64_t a_stride,
+                                     const T* b, int64_t b_stride, int64_t depth) {
+  auto rows = LeftRows<T, kLeft, kRows>::make(a, a_stride);
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> right[kVectors];
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) right[v] = load<T>(b + v * kLanes<T>);
+    X_ROPE_CLS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> left = broadcast<T>(rows.at(r, 0));
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += left * right[v];
+    }
+    rows.advance(1);
+    b += b_stride;
+  }
+}
+
+template <typename T, Left kLeft, bool kAccumulate, int kRows, int kVectors>
+static __attribute__((noinline)) void tile(const T* a, int64_t a_stride, const T* b,
+                                           int64_t b_stride, int64_t depth, T* c,
+                                           int64_t c_stride) {
+  Vec<T> acc[kRows][kVectors];
+  X_ROPE_CLS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = kAccumulate ? load<T>(c + r * c_stride + v * kLanes<T>) : Vec<T>{};
+    }
+  }
+  multiply_tile<T, kLeft, kRows, kVectors>(acc, a, a_stride, b, b_stride, depth);
+  X_ROPE_CLS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) store<T>(c + r * c_stride + v * kLanes<T>, acc[r][v]);
+  }
+}
+
+// One column panel (kVectors wide) of C, all rows: full tiles, then 4, 2 and 1 rows.
+template <typename T, Left kLeft, bool kAccumulate, int kVectors>
+X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride,
+                                      const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int kRows = VecTraits<T>::kTileRows;
+  const int64_t a_step = kLeft == Left::kByRow ? a_stride : 1;
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    tile<T, kLeft, kAccumulate, kRows, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+                                                 c + r * c_stride, c_stride);
+  }
+  if constexpr (kRows > 6) {
+    if (r + 6 <= rows) {
+      tile<T, kLeft, kAccumulate, 6, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+                                               c + r * c_stride, c_stride);
+      r += 6;
+    }
+  }
+  if (r + 4 <= rows) {
+    tile<T, kLeft, kAccumulate, 4, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+                                             c + r * c_stride, c_stride);
+    r += 4;
+  }
+  if (r + 2 <= rows) {
+    tile<T, kLeft, kAccumulate, 2, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+                                             c + r * c_stride, c_stride);
+    r += 2;
+  }
+  if (r < rows) {
+    tile<T, kLeft, kAccumulate, 1, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+                                             c + r * c_stride, c_stride);
+  }
+}
+
+// C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the
+// lanes. Column panels of B are two vectors wide (the last may be one) and `b_panel` apart.
+template <typename T, Left kLeft, bool kAccumulate>
+X_ROPE_CLS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a,
+                                int64_t a_stride, const T* b, int64_t b_stride, int64_t b_panel,
+                                T* c, int64_t c_stride) {
+  constexpr int kWide = 2 * kLanes<T>;
+  int64_t column = 0;
+  for (; column + kWide <= columns; column += kWide) {
+    multiply_panel<T, kLeft, kAccumulate, 2>(rows, depth, a, a_stride, b, b_stride, c + column,
+                                             c_stride);
+    b += b_panel;
+  }
+  if (column < columns) {
+    multiply_panel<T, kLeft, kAccumulate, 1>(rows, depth, a, a_stride, b, b_stride, c + column,
+                                             c_stride);
+  }
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

@@ -1,0 +1,54 @@
+// What the operators refuse, once for all devices. Every message reads
+// "<operator>: <what> must be <expected>, got <value>"; x_rope_cls/_op_checks.py says the same of fake
+// tensors, and a test compares the two.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace x_rope_cls::ops {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct AttentionArguments {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const OptionalTensor& cos_q;
+  const OptionalTensor& sin_q;
+  const OptionalTensor& cos_k;
+  const OptionalTensor& sin_k;
+  const OptionalTensor& rotate_q;
+  const OptionalTensor& rotate_k;
+  const OptionalTensor& attn_mask;
+  const OptionalTensor& key_mask;
+  const OptionalTensor& seed;
+  int64_t cls_rope;
+  bool interleaved;
+  double scale;
+  double dropout_p;
+};
+
+struct AttentionGradients {
+  const Tensor& grad_out;
+  const OptionalTensor& grad_lse;
+  const Tensor& out;
+  const Tensor& lse;
+  bool need_bias_grad;
+  bool need_table_grad;
+};
+
+// dtype of tables, logsumexp and accumulation for tensors such as t.
+torch::headeronly::ScalarType compute_type(const Tensor& t);
+
+void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate);
+void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
+                           const OptionalTensor& rotate);
+void check_attention(const std::string& op, const AttentionArguments& a);
+void check_attention_backward(const AttentionArguments& a, const AttentionGradients& g);
+
+}  // namespace x_rope_cls::ops

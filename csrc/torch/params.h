@@ -1,0 +1,45 @@
+// From tensors to the parameter structs of the kernels.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../kernels/attention.h"
+#include "../kernels/parallel.h"
+#include "../kernels/rope.h"
+#include "checks.h"
+
+namespace x_rope_cls::ops {
+
+DType dtype_of(const Tensor& t);
+Tensor4 view_of(const Tensor& t);
+
+// cos, sin: 2 to 4 axes; missing and single ones are broadcast.
+RotaryTable table_of(const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate);
+
+// An empty (batch, heads, tokens, channels) tensor in (batch, tokens, heads, channels) memory order,
+// so that merging the heads is a view.
+Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
+                          int64_t channels);
+
+// An empty contiguous tensor on the device of `like`.
+Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes,
+                torch::headeronly::ScalarType dtype);
+
+// Torch's thread pool.
+Parallel torch_threads();
+
+// Scratch memory, 64-byte aligned, freed at the end of the scope.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+}  // namespace x_rope_cls::ops

@@ -1,0 +1,22 @@
+// Operators of rope.cpp; schemas and meaning are in register.cpp.
+#pragma once
+
+#include <tuple>
+
+#include "checks.h"
+
+namespace x_rope_cls::ops {
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate,
+            bool interleaved, bool inverse);
+
+std::tuple<Tensor, Tensor> rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
+                                           const OptionalTensor& rotate, bool interleaved,
+                                           bool inverse);
+
+// The same without checks; grad may be of the compute type.
+std::tuple<Tensor, Tensor> table_gradients(const Tensor& grad, const Tensor& x, const Tensor& cos,
+                                           const OptionalTensor& rotate, bool interleaved,
+                                           bool inverse);
+
+}  // namespace x_rope_cls::ops
