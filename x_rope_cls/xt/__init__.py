@@ -1,0 +1,16 @@
+"""The adapter for x-transformers: Encoder, swap_ and explain."""
+
+from .version import check_hooks, installed_version
+
+installed_version()
+
+from x_transformers.attend import Attend  # noqa: E402
+from x_transformers.x_transformers import Attention, AttentionLayers  # noqa: E402
+
+check_hooks(Attention, Attend, AttentionLayers)
+
+from .encoder import Encoder  # noqa: E402
+from .explain import Report, Row, explain  # noqa: E402
+from .swap import swap_  # noqa: E402
+
+__all__ = ["Encoder", "Report", "Row", "explain", "swap_"]

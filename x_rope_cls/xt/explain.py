@@ -1,0 +1,158 @@
+"""Which attention layers of a model run in the fused operator, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, overload
+
+from torch import nn
+from x_transformers.x_transformers import Attention, AttentionLayers
+
+from .attention import FUSED_DEVICE_TYPES, RopeAttention
+from .encoder import RopeEncoderMixin, attention_layers
+from .version import installed_version
+
+_KINDS = {"a": "self", "c": "cross"}
+_NOT_CONVERTED = "not converted: built by x_transformers; swap_() converts encoders"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attention layer.
+
+    Attributes:
+        layer: path of the module in the model.
+        kind: "self", "cross", or "other" for attention outside an encoder's layers.
+        fused: attention runs in this package's operator.
+        reason: why it does not; else what a call may pass that makes it take the composite path, or "".
+        cls_rope: what happens to tokens without a position.
+        backend: what computes the attention.
+    """
+
+    layer: str
+    kind: str
+    fused: bool
+    reason: str
+    cls_rope: str
+    backend: str
+
+
+class Report(Sequence[Row]):
+    """Rows of :func:`explain`; prints as a table."""
+
+    def __init__(self, rows: Sequence[Row], notes: Sequence[str]) -> None:
+        self.rows = tuple(rows)
+        self.notes = tuple(notes)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @property
+    def fused(self) -> bool:
+        """All attention layers are fused."""
+        return all(row.fused for row in self.rows)
+
+    def __str__(self) -> str:
+        names = [field.name for field in fields(Row)]
+        cells = [[_cell(getattr(row, name)) for name in names] for row in self.rows]
+        widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
+        lines = ["  ".join(map(str.ljust, row, widths)) for row in [names, *cells]]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        total = f"{sum(row.fused for row in self.rows)} of {len(self.rows)} attention layers fused"
+        return "\n".join(line.rstrip() for line in [*lines, total, *self.notes])
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Report:
+    """Tells which attention layers of a model are fused, and why the others are not.
+
+    Args:
+        model: any module with x-transformers attention somewhere in it, swapped or not.
+
+    Returns:
+        One row for each attention layer, in the order of the model's modules.
+    """
+    encoders = [(name, m) for name, m in model.named_modules() if isinstance(m, AttentionLayers)]
+    owner: dict[int, tuple[str, AttentionLayers]] = {}
+    for _, encoder in encoders:
+        for layer_type, attention in attention_layers(encoder):
+            owner[id(attention)] = (_KINDS[layer_type], encoder)
+    rows = [
+        _row(name, module, *owner.get(id(module), ("other", None)))
+        for name, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
+    notes = [note for name, encoder in encoders for note in _notes(name, encoder)]
+    return Report(rows, notes)
+
+
+def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
+    if not isinstance(attention, RopeAttention):
+        return Row(name, kind, False, _NOT_CONVERTED, "rotate", "x_transformers")
+    cls_rope = getattr(encoder, "cls_rope", "rotate")
+    attend: Any = attention.attend
+    device = next(attention.parameters()).device.type
+    reasons = list(attend.composite_reasons)
+    if device not in FUSED_DEVICE_TYPES:
+        reasons.append(f"no kernel for {device} in this build")
+    if reasons:
+        return Row(name, kind, False, "; ".join(reasons), cls_rope, "x_transformers")
+    return Row(name, kind, True, "", cls_rope, _backend(device))
+
+
+def _notes(name: str, encoder: AttentionLayers) -> list[str]:
+    """What holds for all layers of an encoder."""
+    where = name or type(encoder).__name__
+    if not isinstance(encoder, RopeEncoderMixin):
+        return []
+    notes = [f"{where}: {_positions(encoder)}"]
+    if encoder.rotary_pos_emb is None:
+        notes.append(f"{where}: no rotary_pos_emb, so nothing is rotated unless forward is given one")
+    bias = next((b for b in (encoder.rel_pos, encoder.layers) if _is_bias(b)), None)
+    if bias is not None and encoder.cls_rope != "rotate":
+        notes.append(f"{where}: position biases still see tokens without a position; cls_rope is about rotation only")
+    notes.append(f"{where}: calls that pass prev_attn, attn_delta or causal=True take the composite path")
+    notes.append(f"x-transformers {installed_version()}")
+    return notes
+
+
+def _is_bias(module: Any) -> bool:
+    if isinstance(module, nn.ModuleList):
+        names = ("data_dependent_alibi", "rel_proj_pos_bias")
+        return any(getattr(m, name, None) is not None for m in module.modules() for name in names)
+    return module is not None
+
+
+def _positions(encoder: RopeEncoderMixin) -> str:
+    if encoder.rotate is not None:
+        return f"{int((~encoder.rotate).sum())} of {encoder.rotate.numel()} tokens have no position (rotate)"
+    counts = f"{encoder.num_prefix_tokens} in front, {encoder.num_suffix_tokens} at the end"
+    return f"tokens without a position: {counts}"
+
+
+def _backend(device: str) -> str:
+    if device != "cpu":
+        return device
+    try:
+        from .. import _C
+    except ImportError:
+        return device
+    return f"cpu ({_C.cpu_isa()})"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
