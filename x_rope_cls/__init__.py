@@ -1,17 +1,58 @@
-"""Rotary position embeddings for encoders whose CLS, memory and register tokens have no position."""
+"""Rotary position embeddings for encoders whose CLS, memory and register tokens have no position.
+
+Operators (:func:`apply_rope`, :func:`rope_attention`), the tables they take (:class:`Rotary` and the embeddings that
+make them), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers (:class:`Encoder`,
+:func:`swap_`, :func:`explain`), which are imported when first used and need x-transformers installed.
+"""
 
 from __future__ import annotations
 
-from . import reference
-from .functional import apply_rope, rope_attention
-from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _library
+
+_library.load()
+
+from . import _C, reference  # noqa: E402  (the operators must be there)
+from .functional import apply_rope, rope_attention  # noqa: E402
+from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding  # noqa: E402
+
+if TYPE_CHECKING:
+    from .xt.encoder import Encoder
+    from .xt.explain import explain
+    from .xt.swap import swap_
+
+__version__: str = _C.build_info()["version"]
 
 __all__ = [
     "AxialRotaryEmbedding",
+    "Encoder",
     "LearnedRotaryEmbedding",
     "Rotary",
     "RotaryEmbedding",
     "apply_rope",
+    "explain",
     "reference",
     "rope_attention",
+    "swap_",
 ]
+
+_NEED_X_TRANSFORMERS = ("Encoder", "explain", "swap_")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_X_TRANSFORMERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(".xt", __name__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "x_transformers":
+            raise
+        message = f"x_rope_cls.{name} needs x-transformers, which is not installed: `pip install x-transformers`"
+        raise ImportError(message) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from . import ops
 from .tables import Rotary
 
 ClsRope = Literal["rotate", "skip", "mask"]
@@ -31,7 +32,7 @@ def apply_rope(x: Tensor, rotary: Rotary, *, inverse: bool = False) -> Tensor:
     """
     _check_rotary("apply_rope", "rotary", rotary)
     cos, sin = _tables(rotary, x)
-    rotated: Tensor = torch.ops.x_rope_cls.rope(x, cos, sin, rotary.rotate, rotary.interleaved, inverse)
+    rotated: Tensor = ops.rope(x, cos, sin, rotary.rotate, rotary.interleaved, inverse)
     return rotated
 
 
@@ -134,7 +135,7 @@ def rope_attention(
         scale = max(q.size(-1), 1) ** -0.5 if q.dim() else 1.0  # no head_dim: the operator complains
     out: Tensor
     lse: Tensor
-    out, lse = torch.ops.x_rope_cls.rope_attention(
+    out, lse = ops.rope_attention(
         q, k, v, *tables, *rotate, attn_mask, key_mask, seed, mode, interleaved, scale, dropout_p
     )
     return (out, lse) if return_lse else out

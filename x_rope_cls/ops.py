@@ -15,8 +15,33 @@ from . import _op_checks as checks
 
 _Grads = tuple[Tensor | None, ...]
 
+rope = torch.ops.x_rope_cls.rope.default
+rope_table_grad = torch.ops.x_rope_cls.rope_table_grad.default
+rope_attention = torch.ops.x_rope_cls.rope_attention.default
+rope_attention_backward = torch.ops.x_rope_cls.rope_attention_backward.default
+
 _library = torch.library.Library("x_rope_cls", "IMPL")  # registrations live as long as this object
-_ops = torch.ops.x_rope_cls
+
+
+def _below_autograd(op: Any, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _register_autograd(op: Any, function: type[torch.autograd.Function]) -> None:
+    """What torch.library.register_autograd does, without the 50 us that it takes to look up defaults in a long schema.
+
+    Args:
+        op: the operator's only overload.
+        function: its ``forward`` and ``backward`` take and return the dispatch key set before the operator's arguments.
+    """
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(keyset, *args)
+        return _below_autograd(op, keyset, args)
+
+    _library.impl(op, kernel, "Autograd", with_keyset=True)
 
 
 # rope
@@ -36,48 +61,55 @@ def _rope_table_grad_fake(
     return cos.new_empty(cos.shape), cos.new_empty(cos.shape)
 
 
-def _rope_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, cos, sin, rotate, ctx.interleaved, ctx.inverse = inputs
-    tables_need_grad = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    ctx.save_for_backward(x if tables_need_grad else None, cos, sin, rotate)
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> Tensor:
+        x, cos, sin, rotate, ctx.interleaved, ctx.inverse = args
+        tables_need_grad = any(ctx.needs_input_grad[2:4])
+        ctx.save_for_backward(x if tables_need_grad else None, cos, sin, rotate)
+        rotated: Tensor = _below_autograd(rope, keyset, args)
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
+        x, cos, sin, rotate = ctx.saved_tensors
+        dx = dcos = dsin = None
+        if ctx.needs_input_grad[1]:
+            dx = rope(grad, cos, sin, rotate, ctx.interleaved, not ctx.inverse)
+        if x is not None:
+            dcos, dsin = rope_table_grad(grad, x, cos, rotate, ctx.interleaved, ctx.inverse)
+        return None, dx, dcos, dsin, None, None, None
 
 
-def _rope_backward(ctx: Any, grad: Tensor) -> _Grads:
-    x, cos, sin, rotate = ctx.saved_tensors
-    dx = dcos = dsin = None
-    if ctx.needs_input_grad[0]:
-        dx = _ops.rope(grad, cos, sin, rotate, ctx.interleaved, not ctx.inverse)
-    if x is not None:
-        dcos, dsin = _ops.rope_table_grad(grad, x, cos, rotate, ctx.interleaved, ctx.inverse)
-    return dx, dcos, dsin, None, None, None
+class _RopeTableGrad(torch.autograd.Function):
+    """Bilinear: <ddcos, dcos> + <ddsin, dsin> = <grad, rope(x; ddcos, ddsin)> over the channels that are rotated."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        grad, x, cos, rotate, ctx.interleaved, ctx.inverse = args
+        ctx.pairs = cos.shape[-1]
+        ctx.save_for_backward(grad, x, rotate)
+        dcos, dsin = _below_autograd(rope_table_grad, keyset, args)
+        return dcos, dsin
+
+    @staticmethod
+    def backward(ctx: Any, ddcos: Tensor, ddsin: Tensor) -> _Grads:
+        grad, x, rotate = ctx.saved_tensors
+
+        def rotated_part(t: Tensor, inverse: bool) -> Tensor:
+            channels = 2 * ctx.pairs
+            turned = rope(t[..., :channels], ddcos, ddsin, None, ctx.interleaved, inverse)
+            if rotate is not None:
+                turned = torch.where((rotate if rotate.dim() == 2 else rotate[None])[:, None, :, None], turned, 0)
+            return torch.nn.functional.pad(turned, (0, t.shape[-1] - channels))
+
+        dgrad = rotated_part(x, ctx.inverse) if ctx.needs_input_grad[1] else None
+        dx = rotated_part(grad, not ctx.inverse) if ctx.needs_input_grad[2] else None
+        return None, dgrad, dx, None, None, None, None
 
 
-def _rope_table_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    grad, x, cos, rotate, ctx.interleaved, ctx.inverse = inputs
-    ctx.pairs = cos.shape[-1]
-    ctx.save_for_backward(grad, x, rotate)
-
-
-def _rope_table_grad_backward(ctx: Any, ddcos: Tensor, ddsin: Tensor) -> _Grads:
-    """The operator is bilinear: <ddcos, dcos> + <ddsin, dsin> = <grad, rope(x; ddcos, ddsin)> over what is rotated."""
-    grad, x, rotate = ctx.saved_tensors
-
-    def rotated_part(t: Tensor, inverse: bool) -> Tensor:
-        channels = 2 * ctx.pairs
-        turned = _ops.rope(t[..., :channels], ddcos, ddsin, None, ctx.interleaved, inverse)
-        if rotate is not None:
-            turned = torch.where((rotate if rotate.dim() == 2 else rotate[None])[:, None, :, None], turned, 0)
-        return torch.nn.functional.pad(turned, (0, t.shape[-1] - channels))
-
-    dgrad = rotated_part(x, ctx.inverse) if ctx.needs_input_grad[0] else None
-    dx = rotated_part(grad, not ctx.inverse) if ctx.needs_input_grad[1] else None
-    return dgrad, dx, None, None, None, None
-
-
-torch.library.register_autograd("x_rope_cls::rope", _rope_backward, setup_context=_rope_setup)
-torch.library.register_autograd(
-    "x_rope_cls::rope_table_grad", _rope_table_grad_backward, setup_context=_rope_table_grad_setup
-)
+_register_autograd(rope, _Rope)
+_register_autograd(rope_table_grad, _RopeTableGrad)
 
 
 # rope_attention
@@ -149,36 +181,47 @@ def _attention_backward_fake(
     return (*dqkv, like(attn_mask, need_bias_grad), *tables)
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.options = inputs[:12], inputs[12:]
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd(rope_attention, keyset, args)
+        ctx.save_for_backward(*args[:3], out, lse, *args[3:12])
+        ctx.options = args[12:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> _Grads:
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        attn_mask, need_bias_grad, need_table_grad = saved[11], needs[9], any(needs[3:7])
+        if grad_out is None:
+            grad_out = torch.zeros_like(saved[3])
+        dq, dk, dv, dbias, *dtables = rope_attention_backward(
+            grad_out, grad_lse, *saved, *ctx.options, need_bias_grad, need_table_grad
+        )
+        dqkv = [gradient if needed else None for gradient, needed in zip((dq, dk, dv), needs[:3], strict=True)]
+        dtables = [dtable if needed else None for dtable, needed in zip(dtables, needs[3:7], strict=True)]
+        dbias = dbias.to(attn_mask.dtype) if need_bias_grad else None
+        return (None, *dqkv, *dtables, None, None, dbias, *(None,) * 6)
 
 
-def _attention_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> _Grads:
-    saved = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    attn_mask, need_bias_grad, need_table_grad = saved[11], needs[9], any(needs[3:7])
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[3])
-    dq, dk, dv, dbias, *dtables = _ops.rope_attention_backward(
-        grad_out, grad_lse, *saved, *ctx.options, need_bias_grad, need_table_grad
-    )
-    dtables = [dtable if needed else None for dtable, needed in zip(dtables, needs[3:7], strict=True)]
-    dqkv = [gradient if needed else None for gradient, needed in zip((dq, dk, dv), needs[:3], strict=True)]
-    dbias = dbias.to(attn_mask.dtype) if need_bias_grad else None
-    return (*dqkv, *dtables, None, None, dbias, *(None,) * 6)
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _below_autograd(rope_attention_backward, keyset, args)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> _Grads:
+        raise RuntimeError(
+            "rope_attention: order of differentiation must be at most 1, got 2; "
+            "x_rope_cls.reference.rope_attention can be differentiated any number of times"
+        )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> _Grads:
-    raise RuntimeError(
-        "rope_attention: order of differentiation must be at most 1, got 2; "
-        "x_rope_cls.reference.rope_attention can be differentiated any number of times"
-    )
-
-
-torch.library.register_autograd("x_rope_cls::rope_attention", _attention_backward, setup_context=_attention_setup)
-torch.library.register_autograd("x_rope_cls::rope_attention_backward", _no_second_derivative)
+_register_autograd(rope_attention, _Attention)
+_register_autograd(rope_attention_backward, _AttentionBackward)
 
 
 def _register_attention_autocast(device: str, key: str) -> None:
@@ -191,7 +234,7 @@ def _register_attention_autocast(device: str, key: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return _ops.rope_attention(cast(q, dtype), cast(k, dtype), cast(v, dtype), *rest)
+            return rope_attention(cast(q, dtype), cast(k, dtype), cast(v, dtype), *rest)
 
     _library.impl("rope_attention", attention, key)
 
