@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -38,19 +41,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def _stub_torchvision() -> None:
-    """Lets torchvision, which timm imports, load beside a torch that its compiled operators were not built for."""
-    try:
-        import torchvision
-    except ImportError:
-        return
-    except RuntimeError as error:
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["_torchvision_library"] = library  # lives as long as the operator is needed
-        import torchvision  # noqa: F401
-
-
-_stub_torchvision()
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """The timm package, also where torchvision, which it imports, was built for another torch."""
+    for _ in range(100):
+        try:
+            return importlib.import_module("timm")
+        except RuntimeError as error:  # an operator of torchvision that its unloadable library should have defined
+            missing = re.fullmatch(r"operator (torchvision::\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            torch.library.define(missing[1], "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    raise AssertionError("torchvision asks for ever more operators")

@@ -1,0 +1,228 @@
+"""rope_attention, outputs, against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis
+import pytest
+import torch
+from cases import call_operator, call_reference, check_forward
+from strategies import (
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    AttentionCase,
+    Generator,
+    attention_cases,
+    lay_out,
+    make_rotate,
+    make_tables,
+)
+
+from x_rope_cls import Rotary, RotaryEmbedding, rope_attention
+
+LONG = [(1, 700), (700, 1), (193, 520), (300, 300), (97, 1025)]
+
+
+def model_case(
+    N: int,
+    M: int,
+    cls_rope: str,
+    dtype: torch.dtype = torch.float32,
+    D: int = 64,
+    Dv: int = 64,
+    rotate: str = "front",
+    interleaved: bool = True,
+) -> AttentionCase:
+    """What an encoder calls: two heads, half of the channels rotated, special tokens."""
+    generator = Generator(N * 10_007 + M)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    rotaries = []
+    for tokens in (N, M):
+        cos, sin = make_tables("shared", generator, 2, 2, tokens, max(D // 4, 1), compute)
+        rotaries.append(Rotary(cos, sin, make_rotate(rotate, generator, 2, tokens), interleaved))
+    q, k, v = (generator.normal(2, 2, n, d, dtype=dtype) for n, d in ((N, D), (M, D), (M, Dv)))
+    return AttentionCase(q, k, v, *rotaries, cls_rope, None, None, D**-0.5, 0.0, 0)
+
+
+@hypothesis.given(case=attention_cases())
+def test_random_cases(isa, case):
+    check_forward(case)
+
+
+@pytest.mark.parametrize(("N", "M"), LONG)
+@pytest.mark.parametrize("cls_rope", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_blocks(isa, N, M, cls_rope, dtype):
+    case = model_case(N, M, cls_rope, dtype, rotate="scattered")
+    check_forward(case)
+
+
+@pytest.mark.parametrize("N", [600])
+def test_many_blocks_with_masks_and_dropout(isa, N):
+    generator = Generator(3)
+    case = model_case(N, N, "mask", rotate="per_batch")
+    key_mask = generator.chance(0.8, 2, N)
+    key_mask[0, 100:500] = False  # whole blocks of keys
+    check_forward(replace(case, key_mask=key_mask))
+    check_forward(replace(case, attn_mask=generator.chance(0.8, N, N), key_mask=key_mask))
+    causal = torch.ones(N, N, dtype=torch.bool).tril()
+    check_forward(replace(case, attn_mask=causal, dropout_p=0.25, seed=2**40 + 1))
+    check_forward(replace(case, attn_mask=3 * generator.normal(2, 2, N, N, dtype=torch.float32), dropout_p=0.5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_of_memory(isa, layout, dtype):
+    case = model_case(33, 47, "mask", dtype, D=24, Dv=17)
+    check_forward(replace(case, q=lay_out(case.q, layout), k=lay_out(case.k, layout), v=lay_out(case.v, layout)))
+
+
+@pytest.mark.parametrize("D", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 128, 160, 256, 300])
+def test_head_dims(isa, D):
+    for Dv in (D, 1, 40):
+        check_forward(model_case(21, 37, "mask" if D > 1 else "rotate", D=D, Dv=Dv) if D > 1 else _plain(D, Dv))
+
+
+def _plain(D: int, Dv: int) -> AttentionCase:
+    return replace(model_case(21, 37, "mask", D=2, Dv=Dv), q=torch.randn(2, 2, 21, D), k=torch.randn(2, 2, 37, D),
+                   rotary_q=None, rotary_k=None)  # fmt: skip
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_and_large_scores(isa, magnitude, dtype):
+    case = model_case(40, 70, "mask", dtype)
+    check_forward(replace(case, scale=magnitude))
+
+
+def test_increasing_and_decreasing_scores(isa):
+    """The running maximum moves at every block of keys, or only at the first."""
+    for sign in (1, -1):
+        case = model_case(9, 900, "mask", torch.float32)
+        bias = sign * torch.linspace(-200, 200, 900)
+        check_forward(replace(case, attn_mask=bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls_rope", MODES)
+def test_nan_in_a_query_stays_in_its_row(isa, dtype, cls_rope):
+    case = model_case(20, 30, cls_rope, dtype, D=16, Dv=8)
+    clean, _ = call_operator(case)
+    case.q[0, 1, 5, 3] = torch.nan
+    out, lse = call_operator(case)
+    assert out[0, 1, 5].isnan().all()
+    assert lse[0, 1, 5].isnan()
+    out[0, 1, 5] = clean[0, 1, 5]
+    assert torch.equal(out, clean)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_a_key_reaches_every_query(isa, dtype):
+    case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
+    case.k[1, 0, 29, 15] = torch.nan
+    out, lse = call_operator(case)
+    assert out[1, 0].isnan().all()
+    assert lse[1, 0].isnan().all()
+    assert out[0].isfinite().all()
+    assert out[1, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("N", [3, 150])
+def test_masked_keys_never_matter(isa, bad, dtype, N):
+    case = model_case(N, 150, "mask", dtype, D=16, Dv=8)
+    key_mask = Generator(5).chance(0.6, 2, 150)
+    expected = call_operator(replace(case, key_mask=key_mask))
+    hidden = ~key_mask[:, None, :, None]
+    k, v = case.k.masked_fill(hidden, bad), case.v.masked_fill(hidden, bad)
+    out = call_operator(replace(case, k=k, v=v, key_mask=key_mask))
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_keys(isa, dtype):
+    case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
+    bias = torch.zeros(20, 30)
+    bias[7] = -torch.inf
+    dead_batch = torch.tensor([[True], [False]]).expand(2, 30)
+    for some in (
+        replace(case, attn_mask=bias, key_mask=dead_batch),
+        replace(case, attn_mask=bias == 0, key_mask=dead_batch),
+    ):
+        out, lse = call_operator(some)
+        assert (out[1] == 0).all()
+        assert (out[0, :, 7] == 0).all()
+        assert (lse[1] == -torch.inf).all()
+        assert (lse[0, :, 7] == -torch.inf).all()
+        check_forward(some)
+    no_keys = replace(case, k=case.k[:, :, :0], v=case.v[:, :, :0], rotary_q=None, rotary_k=None)
+    out, lse = call_operator(no_keys)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+def test_many_heads_and_batches(isa):
+    """More (batch, head) pairs than threads, with grouped queries."""
+    generator = Generator(11)
+    q, k, v = (generator.normal(5, h, 19, 16, dtype=torch.float32) for h in (12, 3, 3))
+    rotary = RotaryEmbedding(8)(19, torch.arange(19) > 1)
+    check_forward(AttentionCase(q, k, v, rotary, rotary, "mask", None, None, 0.25, 0.0, 0))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_does_not_depend_on_the_number_of_threads(isa, threads):
+    case = model_case(150, 150, "mask")
+    expected = call_operator(case)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = call_operator(case)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
+
+
+@hypothesis.given(case=attention_cases(dropout=(0.0,)))
+@hypothesis.settings(max_examples=20)
+def test_public_function_is_the_operator(case):
+    hypothesis.assume(case.q.shape[2] == case.k.shape[2] or case.rotary_q is None or case.rotary_k is not case.rotary_q)
+    out, lse = rope_attention(
+        case.q,
+        case.k,
+        case.v,
+        case.rotary_q,
+        rotary_k=None if case.rotary_k is case.rotary_q else case.rotary_k,
+        cls_rope=case.cls_rope,
+        attn_mask=case.attn_mask,
+        key_mask=case.key_mask,
+        scale=case.scale,
+        return_lse=True,
+    )
+    expected = call_operator(case)
+    torch.testing.assert_close((out, lse), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_public_dropout_is_reproducible_and_drops():
+    case = model_case(64, 64, "mask")
+
+    def call(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return rope_attention(case.q, case.k, case.v, case.rotary_q, rotary_k=case.rotary_k, dropout_p=0.5)
+
+    assert torch.equal(call(1), call(1))
+    assert not torch.equal(call(1), call(2))
+    torch.manual_seed(4)
+    seed = int(torch.randint(2**63 - 1, ()))
+    expected, _ = call_reference(replace(case, dropout_p=0.5, seed=seed))
+    torch.testing.assert_close(call(4), expected)
+
+
+def test_default_scale():
+    case = model_case(10, 10, "mask", D=16)
+    out = rope_attention(case.q, case.k, case.v, case.rotary_q, rotary_k=case.rotary_k)
+    torch.testing.assert_close(out, call_operator(case)[0], rtol=0, atol=0)
