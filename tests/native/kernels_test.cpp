@@ -1,0 +1,31 @@
+// Random cases of every kernel on every ISA of this machine, for runs under sanitizers:
+//   kernels_test [cases of each kernel and ISA] [first seed]
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <initializer_list>
+
+#include "cases.h"
+#include "kernels/cpu/dispatch.h"
+
+int main(int argc, char** argv) {
+  const uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 100;
+  const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  unsigned long long passed = 0, failed = 0;
+  for (const char* const* isa = x_rope_cls::cpu::built_isas(); *isa != nullptr; ++isa) {
+    if (!x_rope_cls::cpu::select_isa(*isa)) {
+      std::printf("%s: not run, this machine does not have it\n", *isa);
+      continue;
+    }
+    const unsigned long long before = failed;
+    for (uint64_t seed = first; seed < first + cases; ++seed) {
+      for (auto* run : {x_rope_cls::test::run_rope_case, x_rope_cls::test::run_attention_case}) {
+        ++(run(seed) ? passed : failed);
+      }
+    }
+    std::printf("%s: %llu cases, %llu failed\n", *isa, 2ull * cases, failed - before);
+    std::fflush(stdout);
+  }
+  std::printf("%llu passed, %llu failed\n", passed, failed);
+  return failed == 0 && passed > 0 ? 0 : 1;
+}
