@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from strategies import AttentionCase
 from tolerance import assert_close
 from torch import Tensor
 
-from x_rope_cls import Rotary, reference
+from x_rope_cls import _C, Rotary, reference
 
 CODES = {"rotate": 0, "skip": 1, "mask": 2}
 
@@ -72,26 +73,40 @@ def forward_backward(
     return tuple(o.detach() for o in outputs), dict(zip(leaves, gradients, strict=True))
 
 
-def check_forward(case: AttentionCase) -> None:
-    """Asserts that the operator's outputs are as near to float64 as eager PyTorch's."""
-    out, lse = call_operator(case)
+def each_isa() -> Iterator[str]:
+    """Switches to every instruction set in turn; for tests whose reference is dear, in place of the fixture `isa`."""
+    chosen = _C.cpu_isa()
+    try:
+        for name in _C.cpu_isas():
+            _C.set_cpu_isa(name)
+            yield name
+    finally:
+        _C.set_cpu_isa(chosen)
+
+
+def check_forward(case: AttentionCase, scores: float = 0.0) -> None:
+    """Asserts that the operator's outputs are as near to float64 as eager PyTorch's, on every instruction set."""
     eager, exact = call_reference(case), call_reference(in_float64(case))
-    assert out.dtype == case.q.dtype
-    assert out.transpose(1, 2).is_contiguous()
-    assert lse.is_contiguous()
-    assert_close(out, eager[0], exact[0], case.q.dtype, "out")
-    assert_close(lse, eager[1], exact[1], case.q.dtype, "lse")
+    for isa in each_isa():
+        out, lse = call_operator(case)
+        assert out.dtype == case.q.dtype
+        assert out.transpose(1, 2).is_contiguous()
+        assert lse.is_contiguous()
+        assert_close(out, eager[0], exact[0], case.q.dtype, f"{isa}: out", scores)
+        assert_close(lse, eager[1], exact[1], case.q.dtype, f"{isa}: lse", scores)
 
 
 def check_backward(case: AttentionCase, use_out: bool = True, use_lse: bool = True) -> None:
     """Asserts the same of outputs and of every gradient."""
     weights = output_weights(case)
     weights = (weights[0] if use_out else None, weights[1] if use_lse else None)
-    outputs, gradients = forward_backward(call_operator, case, weights)
     eager, eager_gradients = forward_backward(call_reference, case, weights)
     exact, exact_gradients = forward_backward(call_reference, in_float64(case), weights)
-    for name, *of in zip(("out", "lse"), outputs, eager, exact, strict=True):
-        assert_close(*of, case.q.dtype, name)
-    for name, gradient in gradients.items():
-        assert gradient.dtype == case.differentiable()[name].dtype
-        assert_close(gradient, eager_gradients[name], exact_gradients[name], case.q.dtype, f"gradient of {name}")
+    for isa in each_isa():
+        outputs, gradients = forward_backward(call_operator, case, weights)
+        for name, *of in zip(("out", "lse"), outputs, eager, exact, strict=True):
+            assert_close(*of, case.q.dtype, f"{isa}: {name}")
+        for name, gradient in gradients.items():
+            assert gradient.dtype == case.differentiable()[name].dtype
+            of = (gradient, eager_gradients[name], exact_gradients[name])
+            assert_close(*of, case.q.dtype, f"{isa}: gradient of {name}")

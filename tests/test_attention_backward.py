@@ -16,25 +16,25 @@ from x_rope_cls import LearnedRotaryEmbedding, Rotary, reference, rope_attention
 
 
 @hypothesis.given(case=attention_cases())
-def test_random_cases(isa, case):
+def test_random_cases(case):
     check_backward(case)
 
 
 @hypothesis.given(case=attention_cases(), use_out=st.booleans())
 @hypothesis.settings(max_examples=10)
-def test_one_output_alone(isa, case, use_out):
+def test_one_output_alone(case, use_out):
     check_backward(case, use_out=use_out, use_lse=not use_out)
 
 
 @pytest.mark.parametrize(("N", "M"), [(1, 500), (500, 1), (193, 520), (300, 300)])
 @pytest.mark.parametrize("cls_rope", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_blocks(isa, N, M, cls_rope, dtype):
+def test_many_blocks(N, M, cls_rope, dtype):
     check_backward(model_case(N, M, cls_rope, dtype, rotate="scattered"))
 
 
 @pytest.mark.parametrize("rotate", ["front", "end", "per_batch"])
-def test_many_blocks_with_masks_and_dropout(isa, rotate):
+def test_many_blocks_with_masks_and_dropout(rotate):
     generator = Generator(3)
     N = 400
     case = model_case(N, N, "mask", rotate=rotate)
@@ -47,7 +47,7 @@ def test_many_blocks_with_masks_and_dropout(isa, rotate):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts_of_memory(isa, layout, dtype):
+def test_layouts_of_memory(layout, dtype):
     case = model_case(33, 47, "mask", dtype, D=24, Dv=17)
     check_backward(replace(case, q=lay_out(case.q, layout), k=lay_out(case.k, layout), v=lay_out(case.v, layout)))
 
@@ -64,7 +64,7 @@ def test_layouts_of_the_output_gradient(isa, layout):
 
 
 @pytest.mark.parametrize("D", [2, 3, 8, 17, 32, 64, 96, 128, 200])
-def test_head_dims(isa, D):
+def test_head_dims(D):
     for Dv in (D, 1, 40):
         check_backward(model_case(21, 37, "mask", D=D, Dv=Dv, interleaved=False))
 

@@ -8,6 +8,8 @@ is k, in units of the dtype's last place. Loosening one needs a reason written h
 - float64 has no better reference: eager is `exact` itself, so that k has to cover the different order of summation
   over up to some hundred terms, and exp2 in place of exp.
 - float32: the polynomial exp2 is good to about 2 units, its argument (a score times log2 e, up to 2^5) to as many.
+  Rounding a larger score S moves its weight by S units, whatever one does; the operators round it once more than eager
+  PyTorch (scale and log2 e are folded into q). A test with such scores passes `scores`, and k grows by S / 2^5.
 - bfloat16 and float16: inputs are the same, arithmetic is in float32, one final rounding to half a unit.
 """
 
@@ -19,15 +21,18 @@ from torch import Tensor
 SLACK = {torch.float64: 64.0, torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
 
-def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype) -> float:
+def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype, scores: float = 0.0) -> float:
     """The largest absolute error that passes, for finite elements."""
     exact, eager = exact.double(), eager.double()
     finite = exact.isfinite() & eager.isfinite()
     error = _max((eager - exact)[finite])
-    return 2 * error + SLACK[dtype] * torch.finfo(dtype).eps * max(1.0, _max(exact[finite]))
+    slack = SLACK[dtype] * max(1.0, scores / 32)
+    return 2 * error + slack * torch.finfo(dtype).eps * max(1.0, _max(exact[finite]))
 
 
-def assert_close(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "out") -> None:
+def assert_close(
+    out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "out", scores: float = 0.0
+) -> None:
     """Fails if `out` is farther from `exact` than allowed, or not finite where `exact` is (and the reverse).
 
     Args:
@@ -36,13 +41,14 @@ def assert_close(out: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype, 
         exact: the reference's result in float64.
         dtype: of the tensors that went in.
         what: name for the message.
+        scores: the largest score, where it is above 32.
     """
     assert out.shape == exact.shape, f"{what}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
     result, exact = out.double(), exact.double()
     special = ~exact.isfinite()
     assert torch.equal(~result.isfinite(), special), f"{what}: not finite where expected to be, or the reverse"
     assert torch.equal(result[special].nan_to_num(0.5), exact[special].nan_to_num(0.5)), f"{what}: wrong infinities"
-    error, limit = _max((result - exact)[~special]), allowance(eager, exact, dtype)
+    error, limit = _max((result - exact)[~special]), allowance(eager, exact, dtype, scores)
     assert error <= limit, f"{what}: error {error:.3e} is above {limit:.3e} ({dtype})"
 
 
