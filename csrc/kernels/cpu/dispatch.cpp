@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -29,25 +30,6 @@ extern const KernelTable kTable;
 }
 
 namespace {
-
-#if defined(X_ROPE_CLS_HAVE_avx2x16)
-constexpr const KernelTable* kAvx2x16 = &avx2x16::kTable;
-#endif
-#if defined(X_ROPE_CLS_HAVE_avx2)
-constexpr const KernelTable* kAvx2 = &avx2::kTable;
-#else
-constexpr const KernelTable* kAvx2 = nullptr;
-#endif
-#if defined(X_ROPE_CLS_HAVE_avx512)
-constexpr const KernelTable* kAvx512 = &avx512::kTable;
-#else
-constexpr const KernelTable* kAvx512 = nullptr;
-#endif
-#if defined(X_ROPE_CLS_HAVE_avx512_bf16)
-constexpr const KernelTable* kAvx512Bf16 = &avx512_bf16::kTable;
-#else
-constexpr const KernelTable* kAvx512Bf16 = nullptr;
-#endif
 
 // What this machine runs: the instructions the processor has, where the operating system saves the
 // registers they use.
@@ -98,98 +80,102 @@ Features detect() { return {}; }
 struct Variant {
   const char* name;
   const KernelTable* table;  // null where this library was built without it
-  bool runs_here;
+  bool Features::* needs;    // null: nothing
 };
 
 // All variants there are, slowest first: a cap is a place in this order.
-struct Variants {
-  static constexpr int kMax = 5;
-  Variant list[kMax];
-  int count = 0;
-  const char* built[kMax + 1] = {};
-
-  Variants() {
-    const Features features = detect();
-    add("generic", &generic::kTable, true);
+constexpr Variant kVariants[] = {
+    {"generic", &generic::kTable, nullptr},
 #if defined(X_ROPE_CLS_HAVE_avx2x16)
-    // The 16-lane sources with AVX2 instructions, for tests: slower than avx2, so never chosen by
-    // itself.
-    add("avx2x16", kAvx2x16, features.avx2);
+    // The 16-lane sources with AVX2 instructions, for tests. Wherever it runs, avx2 does, which is
+    // faster and comes later: it is never chosen by itself.
+    {"avx2x16", &avx2x16::kTable, &Features::avx2},
 #endif
-    add("avx2", kAvx2, features.avx2);
-    add("avx512", kAvx512, features.avx512);
-    add("avx512_bf16", kAvx512Bf16, features.avx512_bf16);
-  }
-
-  // Index of a name, or -1.
-  int find(const char* name) const {
-    for (int i = 0; i < count; ++i) {
-      if (std::strcmp(list[i].name, name) == 0) {
-        return i;
-      }
-    }
-    return -1;
-  }
-
-  // The best variant that runs here, at most the one at index `cap`.
-  const KernelTable* best(int cap) const {
-    for (int i = cap; i > 0; --i) {
-      if (list[i].table != nullptr && list[i].runs_here) {
-        return list[i].table;
-      }
-    }
-    return list[0].table;
-  }
-
- private:
-  void add(const char* name, const KernelTable* table, bool runs_here) {
-    if (table != nullptr) {
-      int end = 0;
-      while (built[end] != nullptr) {
-        ++end;
-      }
-      built[end] = name;
-    }
-    list[count++] = {name, table, runs_here};
-  }
+#if defined(X_ROPE_CLS_HAVE_avx2)
+    {"avx2", &avx2::kTable, &Features::avx2},
+#else
+    {"avx2", nullptr, &Features::avx2},
+#endif
+#if defined(X_ROPE_CLS_HAVE_avx512)
+    {"avx512", &avx512::kTable, &Features::avx512},
+#else
+    {"avx512", nullptr, &Features::avx512},
+#endif
+#if defined(X_ROPE_CLS_HAVE_avx512_bf16)
+    {"avx512_bf16", &avx512_bf16::kTable, &Features::avx512_bf16},
+#else
+    {"avx512_bf16", nullptr, &Features::avx512_bf16},
+#endif
 };
 
-const Variants& variants() {
-  static const Variants instance;
-  return instance;
+bool usable(const Variant& variant) {
+  static const Features features = detect();
+  return variant.table != nullptr && (variant.needs == nullptr || features.*variant.needs);
 }
+
+const Variant* find(const char* name) {
+  for (const Variant& variant : kVariants) {
+    if (std::strcmp(variant.name, name) == 0) {
+      return &variant;
+    }
+  }
+  return nullptr;
+}
+
+// The best variant that runs here, up to `cap`; null: whichever.
+const KernelTable* best(const Variant* cap) {
+  const KernelTable* result = &generic::kTable;
+  for (const Variant& variant : kVariants) {
+    if (usable(variant)) {
+      result = variant.table;
+    }
+    if (&variant == cap) {
+      break;
+    }
+  }
+  return result;
+}
+
+// Null-terminated names of the variants that are built.
+struct BuiltNames {
+  const char* list[std::size(kVariants) + 1] = {};
+
+  constexpr BuiltNames() {
+    size_t count = 0;
+    for (const Variant& variant : kVariants) {
+      if (variant.table != nullptr) {
+        list[count++] = variant.name;
+      }
+    }
+  }
+};
+constexpr BuiltNames kBuiltNames;
 
 struct Choice {
   std::atomic<const KernelTable*> table;
   char warning[256] = "";
 
   Choice() {
-    const Variants& all = variants();
     const char* cap_name = std::getenv("X_ROPE_CLS_CPU_ISA");
-    int cap = all.count - 1;
-    if (cap_name != nullptr && cap_name[0] != '\0') {
-      const int found = all.find(cap_name);
-      if (found >= 0) {
-        cap = found;
-      } else {
-        complain(cap_name, all.best(cap)->name);
-      }
+    const bool capped = cap_name != nullptr && cap_name[0] != '\0';
+    const Variant* cap = capped ? find(cap_name) : nullptr;
+    table.store(best(cap), std::memory_order_relaxed);
+    if (capped && cap == nullptr) {
+      complain(cap_name);
     }
-    table.store(all.best(cap), std::memory_order_relaxed);
   }
 
  private:
-  void complain(const char* got, const char* used) {
+  void complain(const char* got) {
     char names[96] = "";
-    const Variants& all = variants();
-    for (int i = 0; i < all.count; ++i) {
+    for (const Variant& variant : kVariants) {
       const size_t length = std::strlen(names);
-      std::snprintf(names + length, sizeof(names) - length, i == 0 ? "%s" : ", %s",
-                    all.list[i].name);
+      std::snprintf(names + length, sizeof(names) - length, length == 0 ? "%s" : ", %s",
+                    variant.name);
     }
     std::snprintf(warning, sizeof(warning),
                   "X_ROPE_CLS_CPU_ISA must be one of %s, got '%.64s'; it is ignored and %s is used",
-                  names, got, used);
+                  names, got, table.load(std::memory_order_relaxed)->name);
   }
 };
 
@@ -199,24 +185,24 @@ Choice& choice() {
 }
 
 // Made when the library is loaded, so that a later change of the environment has no effect.
-[[maybe_unused]] const Choice& kChosenAtLoad = choice();
+[[maybe_unused]] const Choice& chosen_at_load = choice();
 
 }  // namespace
 
 const KernelTable& kernels() { return *choice().table.load(std::memory_order_relaxed); }
 
-const char* const* built_isas() { return variants().built; }
+const char* const* built_isas() { return kBuiltNames.list; }
 
 bool isa_supported(const char* name) {
-  const int index = variants().find(name);
-  return index >= 0 && variants().list[index].table != nullptr && variants().list[index].runs_here;
+  const Variant* variant = find(name);
+  return variant != nullptr && usable(*variant);
 }
 
 bool select_isa(const char* name) {
   if (!isa_supported(name)) {
     return false;
   }
-  choice().table.store(variants().list[variants().find(name)].table, std::memory_order_relaxed);
+  choice().table.store(find(name)->table, std::memory_order_relaxed);
   return true;
 }
 
