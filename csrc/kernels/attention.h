@@ -13,7 +13,7 @@ namespace x_rope_cls {
 enum class ClsRope : int32_t { kRotate = 0, kSkip = 1, kMask = 2 };
 
 struct AttentionParams {
-  DType dtype;      // of q, k, v, out and their gradients
+  DType dtype;  // of q, k, v, out and their gradients
   ClsRope cls_rope;
   bool interleaved;
   bool has_rotary;  // false: the tables are unused
@@ -21,7 +21,7 @@ struct AttentionParams {
   int64_t batch, heads, key_heads;  // heads is a multiple of key_heads
   int64_t queries, keys;
   int64_t head_dim, value_dim;
-  int64_t pairs;                    // rotary_dim / 2
+  int64_t pairs;  // rotary_dim / 2
 
   Tensor4 q;    // (batch, heads, queries, head_dim)
   Tensor4 k;    // (batch, key_heads, keys, head_dim)
@@ -70,6 +70,7 @@ struct AttentionBackwardParams {
 using AttentionWorkspace = int64_t (*)(const AttentionParams&, int64_t workers);
 using AttentionForward = void (*)(const AttentionParams&, const Parallel&, void* workspace);
 using AttentionBackwardWorkspace = int64_t (*)(const AttentionBackwardParams&, int64_t workers);
-using AttentionBackward = void (*)(const AttentionBackwardParams&, const Parallel&, void* workspace);
+using AttentionBackward = void (*)(const AttentionBackwardParams&, const Parallel&,
+                                   void* workspace);
 
 }  // namespace x_rope_cls

@@ -8,8 +8,9 @@
 namespace x_rope_cls {
 
 // cos and sin, element (b, h, n, i) at b * stride_b + h * stride_h + n * stride_n + i * stride_i of
-// each, in the compute type (float64 for float64 tensors, float32 else). Broadcast axes have stride 0.
-// i counts channel pairs. `rotate` (one byte a token, non-zero: has a position) may be null: all have.
+// each, in the compute type (float64 for float64 tensors, float32 else). Broadcast axes have stride
+// 0. i counts channel pairs. `rotate` (one byte a token, non-zero: has a position) may be null: all
+// have.
 struct RotaryTable {
   const void* cos;
   const void* sin;
@@ -27,8 +28,8 @@ struct Tensor4 {
 
 struct RopeParams {
   DType dtype;
-  Tensor4 x;       // (batch, heads, tokens, head_dim)
-  Tensor4 y;       // the same shape; may be x itself with the same strides
+  Tensor4 x;  // (batch, heads, tokens, head_dim)
+  Tensor4 y;  // the same shape; may be x itself with the same strides
   RotaryTable table;
   int64_t batch, heads, tokens, head_dim;
   int64_t pairs;     // rotary_dim / 2

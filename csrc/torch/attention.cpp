@@ -74,15 +74,16 @@ AttentionParams make_params(const AttentionArguments& a) {
   return p;
 }
 
-// What the gradient of a bias is summed into: (batch, heads, queries, keys) with 1 where the bias is
-// broadcast, but never along the keys.
+// What the gradient of a bias is summed into: (batch, heads, queries, keys) with 1 where the bias
+// is broadcast, but never along the keys.
 Tensor zero_bias_gradient(const Tensor& mask, const AttentionParams& p) {
   std::vector<int64_t> sizes(4, 1);
   for (int64_t i = 0; i < mask.dim(); ++i) {
     sizes[static_cast<size_t>(4 - mask.dim() + i)] = mask.size(i);
   }
   sizes[3] = p.keys;
-  Tensor grad = empty_of(mask, sizes, p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  Tensor grad =
+      empty_of(mask, sizes, p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   torch::stable::zero_(grad);
   return grad;
 }
@@ -111,9 +112,9 @@ std::tuple<Tensor, Tensor> rope_attention(
     const OptionalTensor& rotate_q, const OptionalTensor& rotate_k, const OptionalTensor& attn_mask,
     const OptionalTensor& key_mask, const OptionalTensor& seed, int64_t cls_rope, bool interleaved,
     double scale, double dropout_p) {
-  const AttentionArguments a{q,        k,        v,         cos_q,    sin_q, cos_k,
-                             sin_k,    rotate_q, rotate_k,  attn_mask, key_mask, seed,
-                             cls_rope, interleaved, scale, dropout_p};
+  const AttentionArguments a{q,        k,           v,        cos_q,     sin_q,    cos_k,
+                             sin_k,    rotate_q,    rotate_k, attn_mask, key_mask, seed,
+                             cls_rope, interleaved, scale,    dropout_p};
   check_attention("rope_attention", a);
   AttentionParams p = make_params(a);
   Tensor out = empty_heads_inside(q, p.batch, p.heads, p.queries, p.value_dim);
@@ -134,9 +135,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rope_
     const OptionalTensor& rotate_q, const OptionalTensor& rotate_k, const OptionalTensor& attn_mask,
     const OptionalTensor& key_mask, const OptionalTensor& seed, int64_t cls_rope, bool interleaved,
     double scale, double dropout_p, bool need_bias_grad, bool need_table_grad) {
-  const AttentionArguments a{q,        k,        v,         cos_q,    sin_q, cos_k,
-                             sin_k,    rotate_q, rotate_k,  attn_mask, key_mask, seed,
-                             cls_rope, interleaved, scale, dropout_p};
+  const AttentionArguments a{q,        k,           v,        cos_q,     sin_q,    cos_k,
+                             sin_k,    rotate_q,    rotate_k, attn_mask, key_mask, seed,
+                             cls_rope, interleaved, scale,    dropout_p};
   check_attention_backward(a, {grad_out, grad_lse, out, lse, need_bias_grad, need_table_grad});
   AttentionBackwardParams g{};
   AttentionParams& p = g.forward;

@@ -13,8 +13,8 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kMostTokens = 2147483647;  // indices of tokens are 32 bit in the kernels
 const char* const kFloating = "float32, float64, bfloat16 or float16";
 
-[[noreturn]] void refuse(const std::string& op, const std::string& what, const std::string& expected,
-                         const std::string& got) {
+[[noreturn]] void refuse(const std::string& op, const std::string& what,
+                         const std::string& expected, const std::string& got) {
   throw std::runtime_error(op + ": " + what + " must be " + expected + ", got " + got);
 }
 
@@ -131,13 +131,14 @@ void check_cos(const std::string& op, const std::string& what, const Tensor& cos
   check_dtype(op, what, cos, compute_type(x));
   check_device(op, what, cos, x);
   const int64_t dims = cos.dim();
-  bool fits = dims >= 2 && dims <= 4 && cos.size(dims - 2) == x.size(2) && cos.size(dims - 1) >= 1 &&
-              2 * cos.size(dims - 1) <= x.size(3);
+  bool fits = dims >= 2 && dims <= 4 && cos.size(dims - 2) == x.size(2) &&
+              cos.size(dims - 1) >= 1 && 2 * cos.size(dims - 1) <= x.size(3);
   fits = fits && (dims < 3 || cos.size(dims - 3) == 1 || cos.size(dims - 3) == x.size(1));
   fits = fits && (dims < 4 || cos.size(0) == 1 || cos.size(0) == x.size(0));
   if (fits) return;
   refuse(op, what,
-         "of shape (tokens, pairs), (heads, tokens, pairs) or (batch, heads, tokens, pairs) with batch " +
+         "of shape (tokens, pairs), (heads, tokens, pairs) or (batch, heads, tokens, pairs) with "
+         "batch " +
              text(x.size(0)) + " or 1, heads " + text(x.size(1)) + " or 1, tokens " +
              text(x.size(2)) + " and 1 to " + text(x.size(3) / 2) + " pairs",
          shape_text(cos));
@@ -239,7 +240,8 @@ ScalarType compute_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate) {
+void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                const OptionalTensor& rotate) {
   const std::string op = "rope";
   check_values(op, "x", x);
   check_cos(op, "cos", cos, x);

@@ -1,6 +1,6 @@
 // What the operators refuse, once for all devices. Every message reads
-// "<operator>: <what> must be <expected>, got <value>"; x_rope_cls/_op_checks.py says the same of fake
-// tensors, and a test compares the two.
+// "<operator>: <what> must be <expected>, got <value>"; x_rope_cls/_op_checks.py says the same of
+// fake tensors, and a test compares the two.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -45,7 +45,8 @@ struct AttentionGradients {
 // dtype of tables, logsumexp and accumulation for tensors such as t.
 torch::headeronly::ScalarType compute_type(const Tensor& t);
 
-void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate);
+void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
+                const OptionalTensor& rotate);
 void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
                            const OptionalTensor& rotate);
 void check_attention(const std::string& op, const AttentionArguments& a);

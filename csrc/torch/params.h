@@ -17,8 +17,8 @@ Tensor4 view_of(const Tensor& t);
 // cos, sin: 2 to 4 axes; missing and single ones are broadcast.
 RotaryTable table_of(const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate);
 
-// An empty (batch, heads, tokens, channels) tensor in (batch, tokens, heads, channels) memory order,
-// so that merging the heads is a view.
+// An empty (batch, heads, tokens, channels) tensor in (batch, tokens, heads, channels) memory
+// order, so that merging the heads is a view.
 Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
                           int64_t channels);
 

@@ -9,7 +9,8 @@ namespace {
 
 // `table`: cos, whose leading axes say what the sums run over.
 RopeTableGradParams table_grad_params(const Tensor& grad, const Tensor& x, const Tensor& table,
-                                      const OptionalTensor& rotate, bool interleaved, bool inverse) {
+                                      const OptionalTensor& rotate, bool interleaved,
+                                      bool inverse) {
   RopeTableGradParams p{};
   p.dtype = dtype_of(x);
   p.grad_dtype = dtype_of(grad);

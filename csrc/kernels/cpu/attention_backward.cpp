@@ -2,10 +2,10 @@
 // rows inside.
 //
 // A task takes one block of keys of one key head, passes over all rows that read it and accumulates
-// dK and dV in its own scratch. dQ is shared: tasks add to a block of its rows in the order of their
-// keys, each waiting for its turn, so the sum is the same for any number of threads, and whoever
-// adds last turns it back and stores it. Sums are in the space of rotated queries and keys where
-// both tokens have a position and in the raw space elsewhere.
+// dK and dV in its own scratch. dQ is shared: tasks add to a block of its rows in the order of
+// their keys, each waiting for its turn, so the sum is the same for any number of threads, and
+// whoever adds last turns it back and stores it. Sums are in the space of rotated queries and keys
+// where both tokens have a position and in the raw space elsewhere.
 #include "attention_backward.h"
 
 #include "isa.h"
@@ -16,9 +16,9 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Rows.
 
-// Logsumexp in units of log2, so that exp2(score - it) is the weight; +infinity, and so weight 0, for
-// rows with nothing to attend to and for those hidden by biases so large that nothing is left of the
-// scores.
+// Logsumexp in units of log2, so that exp2(score - it) is the weight; +infinity, and so weight 0,
+// for rows with nothing to attend to and for those hidden by biases so large that nothing is left
+// of the scores.
 template <typename T>
 X_ROPE_CLS_INLINE T weight_shift(T lse) {
   constexpr double kHidden = sizeof(T) == 8 ? -1e300 : -1e30;
@@ -41,19 +41,20 @@ void pack_rows(const BackwardPlan<Compute<S>>& plan, const Member& member, const
     pack_row<S>(p, p.q, p.table_q, member.b, member.h, n, p.head_dim, plan.key_width, turned, scale,
                 head.q + r * plan.key_width, scratch.table);
     if (head.q_raw != nullptr) {
-      pack_row<S>(p, p.q, p.table_q, member.b, member.h, n, p.head_dim, plan.key_width, false, scale,
-                  head.q_raw + r * plan.key_width, scratch.table);
+      pack_row<S>(p, p.q, p.table_q, member.b, member.h, n, p.head_dim, plan.key_width, false,
+                  scale, head.q_raw + r * plan.key_width, scratch.table);
     }
     T* grad_out = head.grad_out + r * plan.value_width;
-    pack_row<S>(p, g.grad_out, p.table_q, member.b, member.h, n, p.value_dim, plan.value_width, false,
-                T{1}, grad_out, scratch.table);
-    load_row(row_at<const S>(p.out, member.b, member.h, n), p.out.stride_d, p.value_dim, scratch.row);
+    pack_row<S>(p, g.grad_out, p.table_q, member.b, member.h, n, p.value_dim, plan.value_width,
+                false, T{1}, grad_out, scratch.table);
+    load_row(row_at<const S>(p.out, member.b, member.h, n), p.out.stride_d, p.value_dim,
+             scratch.row);
     T delta = T{0};
     for (int64_t d = 0; d < p.value_dim; ++d) delta += grad_out[d] * scratch.row[d];
     if (g.grad_lse != nullptr) {
-      delta -= static_cast<const T*>(g.grad_lse)[member.b * g.grad_lse_stride_b +
-                                                 member.h * g.grad_lse_stride_h +
-                                                 n * g.grad_lse_stride_n];
+      delta -= static_cast<const T*>(
+          g.grad_lse)[member.b * g.grad_lse_stride_b + member.h * g.grad_lse_stride_h +
+                      n * g.grad_lse_stride_n];
     }
     head.delta[r] = delta;
     head.shift[r] = weight_shift(static_cast<const T*>(p.lse)[bh * p.queries + n]);
@@ -95,9 +96,10 @@ void store_rows(const BackwardPlan<Compute<S>>& plan, const Member& member, cons
   for (int64_t r = rows.first; r < rows.first + rows.count; ++r) {
     const int64_t n = rows.split.index[r];
     const bool turned = rows.ordinary && turns(p, p.table_q, member.b, n);
-    const T* raw = rows.ordinary && head.dq_raw != nullptr ? head.dq_raw + r * plan.key_width : nullptr;
-    store_gradient<S>(p, p.table_q, member.b, member.h, n, turned, head.dq + r * plan.key_width, raw,
-                      static_cast<T>(p.scale), plan.g->dq, plan.g->dq_rotated, scratch.table);
+    const T* raw =
+        rows.ordinary && head.dq_raw != nullptr ? head.dq_raw + r * plan.key_width : nullptr;
+    store_gradient<S>(p, p.table_q, member.b, member.h, n, turned, head.dq + r * plan.key_width,
+                      raw, static_cast<T>(p.scale), plan.g->dq, plan.g->dq_rotated, scratch.table);
   }
 }
 
@@ -127,8 +129,8 @@ void pack_keys(const BackwardPlan<Compute<S>>& plan, const Keys& keys,
           pack_row<S>(p, p.k, p.table_k, keys.b, keys.h, n, p.head_dim, plan.key_width, false, T{1},
                       raw, w.table);
         }
-        pack_row<S>(p, p.v, p.table_k, keys.b, keys.h, n, p.value_dim, plan.value_width, false, T{1},
-                    value, w.table);
+        pack_row<S>(p, p.v, p.table_k, keys.b, keys.h, n, p.value_dim, plan.value_width, false,
+                    T{1}, value, w.table);
       } else {
         for (int64_t d = 0; d < plan.key_width; ++d) row[d] = T{0};
         for (int64_t d = 0; raw != nullptr && d < plan.key_width; ++d) raw[d] = T{0};
@@ -141,7 +143,8 @@ void pack_keys(const BackwardPlan<Compute<S>>& plan, const Keys& keys,
       transpose_panel(w.keys_raw + at * plan.key_width, plan.key_width, width, p.head_dim,
                       w.keys_raw_across + at * p.head_dim);
     }
-    transpose_panel(w.row, plan.value_width, width, p.value_dim, w.values_across + at * p.value_dim);
+    transpose_panel(w.row, plan.value_width, width, p.value_dim,
+                    w.values_across + at * p.value_dim);
     c += width;
   }
   const int64_t count = keys.last - keys.first;

@@ -19,13 +19,13 @@ template <typename T>
 struct BackwardPlan {
   const AttentionBackwardParams* g;
   int64_t workers;
-  int64_t group;                      // query heads a key head
+  int64_t group;  // query heads a key head
   bool batches_together, heads_together;
   int64_t units, members;
-  int64_t row_block, row_blocks;      // rows; blocks of a head, empty ones included
+  int64_t row_block, row_blocks;  // rows; blocks of a head, empty ones included
   int64_t key_blocks;
-  int64_t block_columns;              // that a block of keys may have
-  int64_t key_width, value_width;     // padded to whole vectors
+  int64_t block_columns;           // that a block of keys may have
+  int64_t key_width, value_width;  // padded to whole vectors
   int64_t score_stride;
   int64_t slots;
   Splits queries, keys;
@@ -82,19 +82,19 @@ struct SlotMemory {
 
 template <typename T>
 struct WorkerMemory {
-  T* keys;             // (columns, key_width)
+  T* keys;  // (columns, key_width)
   T* keys_raw;
-  T* keys_across;      // panels [panel][channel][column]
+  T* keys_across;  // panels [panel][channel][column]
   T* keys_raw_across;
   T* values_across;
-  T* dk;               // (columns, key_width)
+  T* dk;  // (columns, key_width)
   T* dk_raw;
-  T* dv;               // (columns, value_width)
-  T* scores;           // (rows, score_stride)
-  T* grads;            // the same, gradient of the scores
-  T* factors;          // (score_stride), dropout
-  T* row;              // (2 vectors, value_width)
-  T* table;            // (2 * pairs)
+  T* dv;       // (columns, value_width)
+  T* scores;   // (rows, score_stride)
+  T* grads;    // the same, gradient of the scores
+  T* factors;  // (score_stride), dropout
+  T* row;      // (2 vectors, value_width)
+  T* table;    // (2 * pairs)
 };
 
 template <typename T>
@@ -158,11 +158,11 @@ BackwardPlan<T> make_backward_plan(const AttentionBackwardParams& g, int64_t mos
   plan.heads_together = g.dbias != nullptr && g.dbias_stride_h == 0;
   plan.units = (plan.batches_together ? min_of<int64_t>(p.batch, 1) : p.batch) *
                (plan.heads_together ? min_of<int64_t>(p.key_heads, 1) : p.key_heads);
-  plan.members = (plan.batches_together ? p.batch : 1) * (plan.heads_together ? p.key_heads : 1) *
-                 plan.group;
+  plan.members =
+      (plan.batches_together ? p.batch : 1) * (plan.heads_together ? p.key_heads : 1) * plan.group;
   const int64_t blocks = ceil_div(max_of<int64_t>(p.queries, 1), kBackwardRows);
-  plan.row_block = max_of<int64_t>(1, min_of(p.queries, round_up(ceil_div(p.queries, blocks),
-                                                                 VecTraits<T>::kTileRows)));
+  plan.row_block = max_of<int64_t>(
+      1, min_of(p.queries, round_up(ceil_div(p.queries, blocks), VecTraits<T>::kTileRows)));
   plan.row_blocks = ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0);
   const int64_t columns = most_columns<T>(p.keys);
   plan.key_blocks = ceil_div(columns, kBackwardKeys);

@@ -66,8 +66,8 @@ struct SplitSource {
   int64_t batch, tokens;
 
   bool per_batch() const {
-    return batch > 1 && ((rotate != nullptr && rotate_stride_b != 0) ||
-                         (keep != nullptr && keep_stride_b != 0));
+    return batch > 1 &&
+           ((rotate != nullptr && rotate_stride_b != 0) || (keep != nullptr && keep_stride_b != 0));
   }
   bool special(int64_t b, int64_t n) const {
     return rotate != nullptr && rotate[b * rotate_stride_b + n * rotate_stride_n] == 0;
@@ -110,8 +110,14 @@ X_ROPE_CLS_INLINE bool sets_apart(const AttentionParams& p) {
 
 static inline SplitSource query_source(const AttentionParams& p) {
   const RotaryTable& t = p.table_q;
-  return {sets_apart(p) ? t.rotate : nullptr, t.rotate_stride_b, t.rotate_stride_n, nullptr, 0, 0,
-          p.batch, p.queries};
+  return {sets_apart(p) ? t.rotate : nullptr,
+          t.rotate_stride_b,
+          t.rotate_stride_n,
+          nullptr,
+          0,
+          0,
+          p.batch,
+          p.queries};
 }
 static inline SplitSource key_source(const AttentionParams& p) {
   const RotaryTable& t = p.table_k;
@@ -158,7 +164,8 @@ X_ROPE_CLS_INLINE int64_t block_end(const Columns& c, int64_t column, int64_t mo
   return end;
 }
 
-// The keys of one class in columns [first, last): f(offset of the column from `first`, indices, count).
+// The keys of one class in columns [first, last): f(offset of the column from `first`, indices,
+// count).
 template <typename F>
 X_ROPE_CLS_INLINE void for_each_run(const Columns& c, const Split& s, int64_t first, int64_t last,
                                     F&& f) {
@@ -245,7 +252,7 @@ X_ROPE_CLS_INLINE void transpose_panel(const T* rows, int64_t padded, int64_t wi
 struct ScoreBias {
   const void* data;  // at the (batch, head, query); null: none
   DType dtype;
-  int64_t stride;    // from key to key
+  int64_t stride;  // from key to key
 };
 
 X_ROPE_CLS_INLINE int64_t size_of(DType dtype) {

@@ -28,7 +28,9 @@ template <typename Storage>
 using Compute = typename ComputeType<Storage>::type;
 
 X_ROPE_CLS_INLINE float float_from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-X_ROPE_CLS_INLINE uint32_t bits_from_float(float value) { return __builtin_bit_cast(uint32_t, value); }
+X_ROPE_CLS_INLINE uint32_t bits_from_float(float value) {
+  return __builtin_bit_cast(uint32_t, value);
+}
 
 X_ROPE_CLS_INLINE float to_compute(float v) { return v; }
 X_ROPE_CLS_INLINE double to_compute(double v) { return v; }
@@ -44,12 +46,8 @@ X_ROPE_CLS_INLINE float to_compute(Float16 v) {
   return float_from_bits(bits | (static_cast<uint32_t>(v.bits & 0x8000U) << 16));
 }
 
-X_ROPE_CLS_INLINE float narrow(float v, float /*to*/) {
-  return v;
-}
-X_ROPE_CLS_INLINE double narrow(double v, double /*to*/) {
-  return v;
-}
+X_ROPE_CLS_INLINE float narrow(float v, float /*to*/) { return v; }
+X_ROPE_CLS_INLINE double narrow(double v, double /*to*/) { return v; }
 X_ROPE_CLS_INLINE BFloat16 narrow(float v, BFloat16 /*to*/) {
   const uint32_t bits = bits_from_float(v);
   const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;  // nearest, ties to even

@@ -1,5 +1,5 @@
-// Attention dropout: counter-based random numbers, so that backward recomputes what forward drew and
-// every device draws the same. Philox4x32 with 7 rounds (Salmon et al., SC'11).
+// Attention dropout: counter-based random numbers, so that backward recomputes what forward drew
+// and every device draws the same. Philox4x32 with 7 rounds (Salmon et al., SC'11).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Rotation of a (batch, heads, tokens, head_dim) tensor, and its gradient with respect to the tables.
+// Rotation of a (batch, heads, tokens, head_dim) tensor, and its gradient with respect to the
+// tables.
 #include "../rope.h"
 
 #include "convert.h"
@@ -10,9 +11,9 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;              // tokens a task
+constexpr int64_t kBlock = 64;                // tokens a task
 constexpr double kElementsPerWorker = 32768;  // fewer are not worth another thread
-constexpr int64_t kChannels = 512;          // of a row in the buffers on the stack
+constexpr int64_t kChannels = 512;            // of a row in the buffers on the stack
 
 template <typename S>
 X_ROPE_CLS_INLINE S* row_of(const Tensor4& t, int64_t b, int64_t h, int64_t n) {
@@ -183,8 +184,7 @@ void table_grad_typed(const RopeTableGradParams& p, const Parallel& parallel) {
 }  // namespace
 
 void rope(const RopeParams& params, const Parallel& parallel) {
-  with_storage_type(params.dtype,
-                    [&](auto type) { rope_typed<decltype(type)>(params, parallel); });
+  with_storage_type(params.dtype, [&](auto type) { rope_typed<decltype(type)>(params, parallel); });
 }
 
 void rope_table_grad(const RopeTableGradParams& params, const Parallel& parallel) {

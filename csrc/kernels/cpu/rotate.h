@@ -9,7 +9,8 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-// cos and sin of one (batch, head, token). Unit stride in the pairs, or `buffer` holds a dense copy.
+// cos and sin of one (batch, head, token). Unit stride in the pairs, or `buffer` holds a dense
+// copy.
 template <typename T>
 struct TableRow {
   const T* cos;
@@ -27,10 +28,10 @@ X_ROPE_CLS_INLINE const T* dense_row(const T* row, int64_t stride, int64_t n, T*
 template <typename T>
 X_ROPE_CLS_INLINE TableRow<T> table_row(const RotaryTable& t, int64_t b, int64_t h, int64_t n,
                                         int64_t pairs, T* buffer) {
-  const T* cos = static_cast<const T*>(t.cos) + b * t.cos_stride_b + h * t.cos_stride_h +
-                 n * t.cos_stride_n;
-  const T* sin = static_cast<const T*>(t.sin) + b * t.sin_stride_b + h * t.sin_stride_h +
-                 n * t.sin_stride_n;
+  const T* cos =
+      static_cast<const T*>(t.cos) + b * t.cos_stride_b + h * t.cos_stride_h + n * t.cos_stride_n;
+  const T* sin =
+      static_cast<const T*>(t.sin) + b * t.sin_stride_b + h * t.sin_stride_h + n * t.sin_stride_n;
   return {dense_row(cos, t.cos_stride_i, pairs, buffer),
           dense_row(sin, t.sin_stride_i, pairs, buffer + pairs)};
 }
@@ -49,7 +50,8 @@ struct TwiceFrom {
 
 // Pairs (2i, 2i+1): row[2i] = c x0 - s x1, row[2i+1] = c x1 + s x0; sign -1 turns the other way.
 template <typename T>
-X_ROPE_CLS_INLINE void rotate_interleaved(const T* from, T* to, TableRow<T> t, int64_t pairs, T sign) {
+X_ROPE_CLS_INLINE void rotate_interleaved(const T* from, T* to, TableRow<T> t, int64_t pairs,
+                                          T sign) {
   constexpr int kL = kLanes<T>;
   Vec<T> alternate;
   for (int i = 0; i < kL; ++i) alternate[i] = (i & 1) ? sign : -sign;
@@ -59,8 +61,9 @@ X_ROPE_CLS_INLINE void rotate_interleaved(const T* from, T* to, TableRow<T> t, i
     const Vec<T> s = load<T>(t.sin + i);
     const Vec<T> x0 = load<T>(from + 2 * i);
     const Vec<T> x1 = load<T>(from + 2 * i + kL);
-    const Vec<T> y0 = x0 * shuffle<T, TwiceFrom<0>>(c, c) +
-                      shuffle<T, SwapNeighbours>(x0, x0) * (shuffle<T, TwiceFrom<0>>(s, s) * alternate);
+    const Vec<T> y0 =
+        x0 * shuffle<T, TwiceFrom<0>>(c, c) +
+        shuffle<T, SwapNeighbours>(x0, x0) * (shuffle<T, TwiceFrom<0>>(s, s) * alternate);
     const Vec<T> y1 =
         x1 * shuffle<T, TwiceFrom<kL / 2>>(c, c) +
         shuffle<T, SwapNeighbours>(x1, x1) * (shuffle<T, TwiceFrom<kL / 2>>(s, s) * alternate);

@@ -9,7 +9,8 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-// How the left operand lies in memory: element (row, k) at row * stride + k, or at k * stride + row.
+// How the left operand lies in memory: element (row, k) at row * stride + k, or at k * stride +
+// row.
 enum class Left { kByRow, kByColumn };
 
 // Offsets of the rows of a tile from two running pointers, so that all of them fit x86 addressing.
