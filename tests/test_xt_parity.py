@@ -14,7 +14,8 @@ import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 
 # x-transformers computes the softmax in float32 unless attn_flash or attn_qk_norm is set, whatever the dtype.
-TOLERANCE = {"exact": 1e-9, "float32_softmax": 2e-4}
+# Its polar embedding goes through float32 too.
+TOLERANCE = {"exact": 1e-9, "float32_inside": 1e-5, "float32_softmax": 2e-4}
 
 
 def _pair(name: str, **more: Any) -> tuple[Any, Any]:
@@ -31,7 +32,9 @@ def test_fused_option_equals_flash(name: str) -> None:
     theirs, ours = _pair(name, attn_flash=True)
     assert x_rope_cls.explain(ours).fused
     inputs = cases.make_inputs(theirs)
-    cases.assert_same(cases.run(ours, inputs), cases.run(theirs, inputs), TOLERANCE["exact"])
+    cases.assert_same(
+        cases.run(ours, inputs), cases.run(theirs, inputs), TOLERANCE["float32_inside" if name == "polar" else "exact"]
+    )
 
 
 @pytest.mark.parametrize("name", cases.FUSED_OPTIONS)

@@ -151,7 +151,7 @@ COMPOSITE_OPTIONS: dict[str, dict[str, Any]] = {
     "attn_sigmoid_zero_kv_grouped": {"attn_sigmoid": True, "attn_add_zero_kv": True, "attn_kv_heads": 2},
     "attn_talking_heads_mem_kv_alibi": {"attn_pre_talking_heads": True, "attn_num_mem_kv": 2, "alibi_pos_bias": True},
 }
-SELF_FUSED_ONLY = ("cross_residual_attn", "cross_attn_inverted_attention")  # only their cross attention is composite
+CROSS_ONLY = ("cross_residual_attn", "cross_attn_inverted_attention")  # only their cross attention is composite
 
 ALL_OPTIONS = {**FUSED_OPTIONS, **COMPOSITE_OPTIONS}
 

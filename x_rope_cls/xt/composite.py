@@ -6,7 +6,6 @@ x-transformers' own code, so every option keeps its meaning.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -65,8 +64,7 @@ def attention_maps(
     attend: Any, q: Tensor, k: Tensor, masks: Masks, bias: Tensor | None, call: AttentionCall
 ) -> Intermediates:
     """Scores and weights of a layer that ran fused, differentiable, without dropout."""
-    plain = _variant(attend, flash=False, training=False)
-    plain._modules = {**attend._modules, "attn_dropout": nn.Identity()}
+    plain = _Variant(attend, flash=False, attn_dropout=nn.Identity())
     nothing = k.new_empty((*k.shape[:-1], 0))
     _, intermediates = composite_attention(plain, q, k, nothing, masks, bias, call, {}, fused_device=True)
     return intermediates
@@ -99,12 +97,12 @@ def _masked(
     if attend.l2_distance:
         if not call.preserves_norm:
             raise ValueError("Encoder: rotary_pos_emb must have scale 1 with attn_l2_distance and 'mask', got another")
-        attend = _variant(attend, l2_distance=False)
+        attend = _Variant(attend, l2_distance=False)
         squares_q, squares_k = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
         long_q = torch.cat((2 * long_q, -squares_q, -torch.ones_like(squares_q)), dim=-1)
         long_k = torch.cat((long_k, torch.ones_like(squares_k), squares_k), dim=-1)
     if attend.scale is None:
-        attend = _variant(attend, scale=q.shape[-1] ** -0.5)
+        attend = _Variant(attend, scale=q.shape[-1] ** -0.5)
     return attend, long_q, long_k
 
 
@@ -115,9 +113,12 @@ def _has_position(rotary: Rotary, t: Tensor) -> Tensor:
     return rotary.rotate[..., None] if rotary.rotate.dim() == 1 else rotary.rotate[:, None, :, None]
 
 
-def _variant(attend: Any, **options: Any) -> Any:
-    """The same Attend, sharing its parameters, with other options."""
-    variant = copy.copy(attend)
-    for name, value in options.items():
-        object.__setattr__(variant, name, value)
-    return variant
+class _Variant:
+    """The same Attend, with its parameters and modules, under other options."""
+
+    flash_attn = Attend.flash_attn
+
+    def __init__(self, attend: Any, **options: Any) -> None:
+        for source in (attend.__dict__, attend._parameters, attend._modules, options):
+            for name, value in source.items():
+                setattr(self, name, value)

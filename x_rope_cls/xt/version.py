@@ -5,8 +5,6 @@ from __future__ import annotations
 import inspect
 from importlib import metadata
 
-from packaging.version import Version
-
 OLDEST = "2.11.23"
 NEWEST_TESTED = "2.31.10"
 
@@ -20,10 +18,10 @@ def installed_version() -> str:
     try:
         version = metadata.version("x-transformers")
     except metadata.PackageNotFoundError:
-        raise ImportError(
-            f"x_rope_cls: x-transformers must be installed for Encoder, swap_ and explain, got none; "
-            f"pip install 'x-transformers>={OLDEST}'"
-        ) from None
+        message = f"x_rope_cls: x-transformers>={OLDEST} must be installed for Encoder, swap_ and explain, got none"
+        raise ModuleNotFoundError(message, name="x_transformers") from None
+    from packaging.version import Version  # x-transformers depends on it, this package does not
+
     if Version(version) < Version(OLDEST):
         raise ImportError(f"x_rope_cls: x-transformers must be at least {OLDEST}, got {version}")
     return version
