@@ -2,78 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 pytest.importorskip("x_transformers")
-import x_transformers.attend as xt_attend
-import x_transformers.x_transformers as xt
 import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
+from xt_emulation import emulated, exact_softmax, rotated_heads
 
 TOLERANCE = 1e-9
 WITHOUT_ROTATION = ("no_rotary", "polar", "rel_pos_bias", "dynamic_pos_bias")
 NAMES = [name for name in cases.ALL_OPTIONS if name not in WITHOUT_ROTATION]
-_plain_rotation = xt.apply_rotary_pos_emb
-
-
-def _rotated(t: Tensor, freqs: Tensor, heads: int) -> Tensor:
-    """The last tokens of the last heads rotated; tokens in front (memory key/values) are left as they are."""
-    front = max(t.shape[-2] - freqs.shape[-2], 0)
-    still, turned = t[:, : t.shape[1] - heads], t[:, t.shape[1] - heads :]
-    turned = torch.cat((turned[..., :front, :], _plain_rotation(turned[..., front:, :], freqs)), dim=-2)
-    return torch.cat((still, turned), dim=1)
-
-
-@contextmanager
-def emulated(cls_rope: str, rotate: Tensor, monkeypatch: pytest.MonkeyPatch, heads: int) -> Iterator[None]:
-    """Makes x-transformers score tokens without a position (rotate False) as cls_rope says."""
-    freqs_of: dict[str, Tensor] = {}
-
-    def skip(t: Tensor, freqs: Tensor, scale: float = 1) -> Tensor:
-        keep = rotate if freqs.shape[-2] == rotate.shape[-1] else torch.ones(freqs.shape[-2], dtype=torch.bool)
-        keep = keep[..., -t.shape[-2] :, None]
-        return torch.where(keep if keep.dim() == 2 else keep[:, None], _plain_rotation(t, freqs, scale), t)
-
-    def remember(t: Tensor, freqs: Tensor, scale: float = 1) -> Tensor:
-        freqs_of["k" if "q" in freqs_of else "q"] = freqs
-        return t
-
-    def scores(q: Tensor, k: Tensor) -> Tensor:
-        k = k[:, None] if k.dim() == 3 else k
-        raw = torch.matmul(q, k.transpose(-1, -2))
-        if not freqs_of:
-            return raw
-        freqs_q, freqs_k = freqs_of.pop("q"), freqs_of.pop("k")
-        rotated_k = _rotated(k, freqs_k, heads if k.shape[1] > 1 else 1)
-        rotated = torch.matmul(_rotated(q, freqs_q, heads), rotated_k.transpose(-1, -2))
-        mask_k = rotate if freqs_k.shape[-2] == rotate.shape[-1] else torch.ones(freqs_k.shape[-2], dtype=torch.bool)
-        mask_k = F.pad(mask_k, (k.shape[-2] - mask_k.shape[-1], 0), value=False)
-        mask_q = rotate[..., -q.shape[-2] :]
-        both = mask_q[..., :, None] & mask_k[..., None, :]
-        return torch.where(both if both.dim() == 2 else both[:, None], rotated, raw)
-
-    def einsum(equation: str, *operands: Tensor) -> Tensor:
-        is_scores = equation.endswith("-> b h i j")
-        return scores(*operands) if is_scores else torch.einsum(equation, *operands)
-
-    def squared_distance(q: Tensor, k: Tensor) -> Tensor:
-        k = k[:, None] if k.dim() == 3 else k
-        return q.square().sum(-1)[..., None] + k.square().sum(-1)[..., None, :] - 2 * scores(q, k)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(xt, "apply_rotary_pos_emb", skip if cls_rope == "skip" else remember)
-        if cls_rope == "mask":
-            patch.setattr(xt_attend, "einsum", einsum)
-            patch.setattr(xt_attend, "qk_l2_dist_squared", squared_distance)
-        yield
 
 
 def _make(name: str, **ours: Any) -> tuple[Any, Any]:
@@ -81,15 +22,8 @@ def _make(name: str, **ours: Any) -> tuple[Any, Any]:
     if not cases.known_to_installed_version(options):
         pytest.skip(f"x-transformers {cases.VERSION} does not have this option")
     theirs, mine = cases.make_pair({**cases.BASE, **options}, **ours)
-    for encoder in (theirs, mine):  # x-transformers' softmax is in float32 otherwise
-        for module in encoder.modules():
-            if isinstance(module, xt_attend.Attend) and getattr(module.attn_fn, "func", None) is F.softmax:
-                module.attn_fn = partial(F.softmax, dim=module.attn_fn.keywords["dim"])
+    exact_softmax(theirs, mine)
     return theirs, mine
-
-
-def _rotated_heads(encoder: Any) -> int:
-    return next(m for m in encoder.modules() if isinstance(m, xt.Attention)).rotate_num_heads
 
 
 @pytest.mark.parametrize("cls_rope", ["skip", "mask"])
@@ -100,7 +34,7 @@ def test_option(name: str, cls_rope: str, monkeypatch: pytest.MonkeyPatch) -> No
     rotate = torch.tensor([False] * 2 + [True] * 5 + [False])
     if theirs.cross_attend:
         inputs["context_pos"] = torch.arange(inputs["context"].shape[1])
-    with emulated(cls_rope, rotate, monkeypatch, _rotated_heads(theirs)):
+    with emulated(cls_rope, rotate, monkeypatch, rotated_heads(theirs)):
         expected = cases.run(theirs, inputs)
     got = cases.run(ours, inputs)
     cases.assert_same(got, expected, TOLERANCE)
@@ -122,7 +56,7 @@ def test_rotate_per_call(name: str, cls_rope: str, where: str, monkeypatch: pyte
         "all": torch.ones(8, dtype=torch.bool),
         "none": torch.zeros(8, dtype=torch.bool),
     }[where]
-    with emulated(cls_rope, rotate, monkeypatch, _rotated_heads(theirs)):
+    with emulated(cls_rope, rotate, monkeypatch, rotated_heads(theirs)):
         expected = cases.run(theirs, inputs)
     cases.assert_same(cases.run(ours, {**inputs, "rotate": rotate}), expected, TOLERANCE)
     ours.num_prefix_tokens = 0

@@ -14,11 +14,20 @@ import torch.nn.functional as F
 import x_transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from x_transformers.x_transformers import Attention
 
 import x_rope_cls
 
 VERSION = Version(metadata.version("x-transformers"))
-BASE: dict[str, Any] = {"dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 8, "ff_mult": 2, "rotary_pos_emb": True}
+BASE: dict[str, Any] = {
+    "dim": 32,
+    "depth": 2,
+    "heads": 4,
+    "attn_dim_head": 8,
+    "ff_mult": 2,
+    "rotary_pos_emb": True,
+    "verbose": False,
+}
 
 # People's options: every one of these must run in the fused operator.
 FUSED_OPTIONS: dict[str, dict[str, Any]] = {
@@ -197,7 +206,8 @@ def make_inputs(encoder: Any, batch: int = 2, tokens: int = 7) -> dict[str, Any]
     inputs["mask"] = torch.rand(batch, tokens) > 0.3
     if encoder.cross_attend:
         cross = next(layer for (_, layer, _), t in zip(encoder.layers, encoder.layer_types, strict=True) if t == "c")
-        context_dim = cross.to_k.in_features
+        attention = next(m for m in cross.modules() if isinstance(m, Attention))
+        context_dim = (attention.to_latent_kv or attention.to_k).in_features
         inputs["context"] = torch.randn(batch, tokens + 2, context_dim, dtype=dtype)
         inputs["context_mask"] = torch.rand(batch, tokens + 2) > 0.3
     if encoder.need_condition:
