@@ -112,13 +112,14 @@ void pack_keys(const BackwardPlan<Compute<S>>& plan, const Keys& keys,
                const WorkerMemory<Compute<S>>& w) {
   using T = Compute<S>;
   const AttentionParams& p = plan.g->forward;
+  T* const raw_block = keys.raw_too ? w.keys_raw : nullptr;
   for (int64_t c = keys.first; c < keys.last;) {
     const int64_t width = panel_width<T>(keys.columns, c);
     const bool ordinary = c < keys.columns.special_start;
     const int64_t at = c - keys.first;
     for (int64_t i = 0; i < width; ++i) {
       T* row = w.keys + (at + i) * plan.key_width;
-      T* raw = keys.raw_too ? w.keys_raw + (at + i) * plan.key_width : nullptr;
+      T* raw = raw_block == nullptr ? nullptr : raw_block + (at + i) * plan.key_width;
       T* value = w.row + i * plan.value_width;
       const int64_t n = keys.token(c + i);
       if (n >= 0) {
@@ -139,8 +140,8 @@ void pack_keys(const BackwardPlan<Compute<S>>& plan, const Keys& keys,
     }
     transpose_panel(w.keys + at * plan.key_width, plan.key_width, width, p.head_dim,
                     w.keys_across + at * p.head_dim);
-    if (keys.raw_too) {
-      transpose_panel(w.keys_raw + at * plan.key_width, plan.key_width, width, p.head_dim,
+    if (raw_block != nullptr) {
+      transpose_panel(raw_block + at * plan.key_width, plan.key_width, width, p.head_dim,
                       w.keys_raw_across + at * p.head_dim);
     }
     transpose_panel(w.row, plan.value_width, width, p.value_dim,

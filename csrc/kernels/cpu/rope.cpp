@@ -84,7 +84,7 @@ X_ROPE_CLS_INLINE void rotate_token(const RopeParams& p, int64_t b, int64_t h, i
   using T = Compute<S>;
   const bool rotated = has_position(p.table, b, n);
   if (!rotated || (p.table.cos_stride_i == 1 && p.table.sin_stride_i == 1)) {
-    rotate_one<S>(p, b, h, n, rotated, table_row<T>(p.table, b, h, n, p.pairs, nullptr));
+    rotate_one<S>(p, b, h, n, rotated, table_row_start<T>(p.table, b, h, n));
     return;
   }
   const S* x = row_of<const S>(p.x, b, h, n);

@@ -24,16 +24,22 @@ X_ROPE_CLS_INLINE const T* dense_row(const T* row, int64_t stride, int64_t n, T*
   return buffer;
 }
 
-// buffer: room for 2 * pairs, used only where the table's pairs are not adjacent.
+// Where the row of one token starts; its pairs are adjacent only if the table's pair strides are 1.
+template <typename T>
+X_ROPE_CLS_INLINE TableRow<T> table_row_start(const RotaryTable& t, int64_t b, int64_t h,
+                                              int64_t n) {
+  return {
+      static_cast<const T*>(t.cos) + b * t.cos_stride_b + h * t.cos_stride_h + n * t.cos_stride_n,
+      static_cast<const T*>(t.sin) + b * t.sin_stride_b + h * t.sin_stride_h + n * t.sin_stride_n};
+}
+
+// The row with adjacent pairs. buffer: room for 2 * pairs, used only where they are not adjacent.
 template <typename T>
 X_ROPE_CLS_INLINE TableRow<T> table_row(const RotaryTable& t, int64_t b, int64_t h, int64_t n,
                                         int64_t pairs, T* buffer) {
-  const T* cos =
-      static_cast<const T*>(t.cos) + b * t.cos_stride_b + h * t.cos_stride_h + n * t.cos_stride_n;
-  const T* sin =
-      static_cast<const T*>(t.sin) + b * t.sin_stride_b + h * t.sin_stride_h + n * t.sin_stride_n;
-  return {dense_row(cos, t.cos_stride_i, pairs, buffer),
-          dense_row(sin, t.sin_stride_i, pairs, buffer + pairs)};
+  const TableRow<T> row = table_row_start<T>(t, b, h, n);
+  return {dense_row(row.cos, t.cos_stride_i, pairs, buffer),
+          dense_row(row.sin, t.sin_stride_i, pairs, buffer + pairs)};
 }
 
 X_ROPE_CLS_INLINE bool has_position(const RotaryTable& t, int64_t b, int64_t n) {
