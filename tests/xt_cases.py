@@ -205,9 +205,10 @@ def make_inputs(encoder: Any, batch: int = 2, tokens: int = 7) -> dict[str, Any]
     inputs: dict[str, Any] = {"x": torch.randn(batch, tokens, encoder.dim, dtype=dtype)}
     inputs["mask"] = torch.rand(batch, tokens) > 0.3
     if encoder.cross_attend:
-        cross = next(layer for (_, layer, _), t in zip(encoder.layers, encoder.layer_types, strict=True) if t == "c")
-        attention = next(m for m in cross.modules() if isinstance(m, Attention))
-        context_dim = (attention.to_latent_kv or attention.to_k).in_features
+        cross = [layer for (_, layer, _), t in zip(encoder.layers, encoder.layer_types, strict=True) if t == "c"]
+        context_dim = encoder.dim
+        for attention in (m for layer in cross for m in layer.modules() if isinstance(m, Attention)):
+            context_dim = (attention.to_latent_kv or attention.to_k).in_features
         inputs["context"] = torch.randn(batch, tokens + 2, context_dim, dtype=dtype)
         inputs["context_mask"] = torch.rand(batch, tokens + 2) > 0.3
     if encoder.need_condition:

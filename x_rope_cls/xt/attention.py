@@ -68,7 +68,10 @@ class RopeAttend(Attend):
     composite_reasons: tuple[str, ...] = ()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Intermediates]:
-        """As x_transformers' Attend; an :class:`AttentionCall` as ``prev_attn`` brings what the rotation needs."""
+        """As x_transformers' Attend; an :class:`AttentionCall` as ``prev_attn`` brings what the rotation needs.
+
+        Under torch.func transforms, which the operators do not go through, everything is plain PyTorch.
+        """
         kwargs.update(zip(_ATTEND_ARGUMENTS, args, strict=False))
         call = kwargs.pop("prev_attn", None)
         if not isinstance(call, AttentionCall):
@@ -76,9 +79,9 @@ class RopeAttend(Attend):
             return plain
         masks = Masks.of(kwargs.pop("mask", None), call.attn_mask)
         bias = kwargs.pop("attn_bias", None)
-        fused_device = q.device.type in FUSED_DEVICE_TYPES
-        if not fused_device or self.composite_reasons or self._call_needs_composite(call, kwargs):
-            return composite_attention(self, q, k, v, masks, bias, call, kwargs, fused_device)
+        operators = q.device.type in FUSED_DEVICE_TYPES and not torch._C._are_functorch_transforms_active()
+        if not operators or self.composite_reasons or self._call_needs_composite(call, kwargs):
+            return composite_attention(self, q, k, v, masks, bias, call, kwargs, operators)
         out = fused_attention(self, q, k, v, masks, bias, call)
         if self.flash:
             return out, Intermediates()

@@ -27,7 +27,7 @@ def composite_attention(
     bias: Tensor | None,
     call: AttentionCall,
     extra: dict[str, Any],
-    fused_device: bool,
+    operators: bool,
 ) -> tuple[Tensor, Intermediates]:
     """Calls Attend.forward of x-transformers on prepared q and k.
 
@@ -40,12 +40,12 @@ def composite_attention(
         bias: additive, as x-transformers passes it.
         call: tables and the number of memory keys in front.
         extra: further arguments of Attend.forward.
-        fused_device: the package's own rotation runs on q's device.
+        operators: the package's own rotation can be used here.
 
     Returns:
         (batch, heads, queries, value_dim) and what x-transformers returns beside it.
     """
-    rope = apply_rope if fused_device else plain_rope
+    rope = apply_rope if operators else plain_rope
     rotary, rotary_k = call.rotaries(q, k)
     if rotary is not None and rotary_k is not None:
         if call.cls_rope == "mask" and not (rotary.rotate is None and rotary_k.rotate is None):
@@ -66,7 +66,7 @@ def attention_maps(
     """Scores and weights of a layer that ran fused, differentiable, without dropout."""
     plain = _Variant(attend, flash=False, attn_dropout=nn.Identity())
     nothing = k.new_empty((*k.shape[:-1], 0))
-    _, intermediates = composite_attention(plain, q, k, nothing, masks, bias, call, {}, fused_device=True)
+    _, intermediates = composite_attention(plain, q, k, nothing, masks, bias, call, {}, operators=True)
     return intermediates
 
 
