@@ -48,10 +48,6 @@ class AttentionCall:
         keys = self.tables if self.context is None else self.context
         return self.tables is None or (self.tables.preserves_norm and keys is not None and keys.preserves_norm)
 
-    def with_front(self, front: int) -> AttentionCall:
-        """The same call with another number of keys in front that have no position."""
-        return replace(self, front=front)
-
     def rotaries(self, q: Tensor, k: Tensor) -> tuple[Rotary | None, Rotary | None]:
         """Tables for q and for k."""
         if self.tables is None:
@@ -113,3 +109,16 @@ class Masks:
     def merge_into(self, bias: Tensor) -> Tensor:
         """The bias with -inf at pairs that do not attend; the mask over keys stays apart."""
         return bias if self.pairs is None else torch.where(self.pairs, bias, -torch.inf)
+
+
+def with_zero_key(
+    k: Tensor, v: Tensor, masks: Masks, bias: Tensor | None, call: AttentionCall
+) -> tuple[Tensor, Tensor, Masks, Tensor | None, AttentionCall]:
+    """The option attn_add_zero_kv: a key and value of zeros in front, which everybody may attend to."""
+    return (
+        F.pad(k, (0, 0, 1, 0)),
+        F.pad(v, (0, 0, 1, 0)),
+        masks.pad_front(),
+        None if bias is None else F.pad(bias, (1, 0)),
+        replace(call, front=call.front + 1),
+    )

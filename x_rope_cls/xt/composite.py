@@ -15,7 +15,7 @@ from x_transformers.attend import Attend, Intermediates
 from ..functional import apply_rope
 from ..reference import rope as plain_rope
 from ..tables import Rotary
-from .call import AttentionCall, Masks
+from .call import AttentionCall, Masks, with_zero_key
 
 
 def composite_attention(
@@ -46,6 +46,10 @@ def composite_attention(
         (batch, heads, queries, value_dim) and what x-transformers returns beside it.
     """
     rope = apply_rope if operators else plain_rope
+    if attend.add_zero_kv and call.cls_rope == "mask":
+        # Before q and k get longer: a longer key of zeros would not have the scores of a zero key.
+        k, v, masks, bias, call = with_zero_key(k, v, masks, bias, call)
+        attend = _Variant(attend, add_zero_kv=False)
     rotary, rotary_k = call.rotaries(q, k)
     if rotary is not None and rotary_k is not None:
         if call.cls_rope == "mask" and not (rotary.rotate is None and rotary_k.rotate is None):

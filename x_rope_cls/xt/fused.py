@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional import rope_attention
 from ..tables import Rotary
-from .call import AttentionCall, Masks
+from .call import AttentionCall, Masks, with_zero_key
 
 
 def fused_attention(
@@ -33,10 +32,7 @@ def fused_attention(
     heads, key_heads = q.shape[1], k.shape[1]
     groups = heads // key_heads if key_heads else 1
     if attend.add_zero_kv:
-        k, v = F.pad(k, (0, 0, 1, 0)), F.pad(v, (0, 0, 1, 0))
-        masks = masks.pad_front()
-        bias = None if bias is None else F.pad(bias, (1, 0))
-        call = call.with_front(call.front + 1)
+        k, v, masks, bias, call = with_zero_key(k, v, masks, bias, call)
     rotary, rotary_k = call.rotaries(q, k)
     scale = attend.scale if attend.scale is not None else q.shape[-1] ** -0.5
 
