@@ -1,8 +1,8 @@
 """Rotation tables: which angle each channel pair of each token is turned by, and which tokens have no position.
 
-Every embedding here computes its angles in float32 at least, whatever ``.bfloat16()`` and ``.half()`` were called on
-the model and under autocast too: at position 1,000 bfloat16 angles are off by whole radians. Nothing is cached by
-length, so a compiled model does not recompile for each.
+Every embedding here computes its angles in float32 at least, after ``.bfloat16()`` or ``.half()`` of the model and under
+autocast too: at position 1,000 an angle in bfloat16 is off by up to two radians. Nothing is cached by length, so a
+compiled model does not recompile for each.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class _Embedding(nn.Module):
             return tensor.to(moved.device) if lossy else moved
 
         super()._apply(keep_precision, recurse)
-        if was_meta:
-            for name, value in self._compute_buffers().items():
-                buffer = getattr(self, name)
-                if not buffer.is_meta:
-                    setattr(self, name, value.to(buffer))
+        if was_meta and not any(buffer.is_meta for buffer in self.buffers(recurse=False)):
+            with torch.device("cpu"):
+                computed = self._compute_buffers()
+            for name, value in computed.items():
+                setattr(self, name, value.to(getattr(self, name)))
         return self
 
     def _rotary(self, angles: Tensor, rotate: Tensor | None, scale: Tensor | None = None) -> Rotary:
@@ -133,7 +133,7 @@ class RotaryEmbedding(_Embedding):
         dim, base = self.dim, self.base
         if dim > 2:  # the one frequency of dim 2 is base ** 0
             base = base * self.base_rescale_factor ** (dim / (dim - 2))
-        steps = torch.arange(0, dim, 2, device="cpu").to(torch.float32)
+        steps = torch.arange(0, dim, 2).to(torch.float32)
         buffers = {"inv_freq": 1.0 / (base ** (steps / dim))}
         if self.use_xpos:
             buffers["scale"] = (steps + 0.4 * dim) / (1.4 * dim)
@@ -166,7 +166,7 @@ class RotaryEmbedding(_Embedding):
 
     def _xpos_scale(self, positions: Tensor) -> Tensor:
         middle = (positions.max() + 1) // 2 if positions.numel() else 0
-        power = (positions - middle) / self.scale_base
+        power = (positions - middle).to(torch.promote_types(positions.dtype, torch.float32)) / self.scale_base
         return self.scale ** power[..., None]
 
 
@@ -230,7 +230,7 @@ class AxialRotaryEmbedding(_Embedding):
 
     def _compute_buffers(self) -> dict[str, Tensor]:
         count = self.dim // (2 * self.num_axes)
-        steps = torch.arange(count, dtype=torch.float32, device="cpu")
+        steps = torch.arange(count, dtype=torch.float32)
         return {"inv_freq": 1.0 / (self.base ** (steps / count))}
 
     def _check_grid(self, what: str, grid: Sequence[int]) -> tuple[int, ...]:
