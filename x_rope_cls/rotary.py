@@ -1,8 +1,8 @@
 """Rotation tables: which angle each channel pair of each token is turned by, and which tokens have no position.
 
-Every embedding here computes its angles in float32 at least, after ``.bfloat16()`` or ``.half()`` of the model and under
-autocast too: at position 1,000 an angle in bfloat16 is off by up to two radians. Nothing is cached by length, so a
-compiled model does not recompile for each.
+Every embedding here computes its angles in float32 at least, after ``.bfloat16()`` or ``.half()`` of the model and
+under autocast too: at position 1,000 an angle in bfloat16 is off by up to two radians. Nothing is cached by length, so
+a compiled model does not recompile for each.
 """
 
 from __future__ import annotations
