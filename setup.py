@@ -7,6 +7,7 @@ Environment:
     X_ROPE_CLS_TEST_ISA: 1 also builds the kernels variant that only tests use.
 """
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -34,6 +35,13 @@ class CMakeBuild(build_ext):
     build_dir = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
     def build_extension(self, ext: Extension) -> None:
+        # Two builds in one folder at a time would ruin ninja's records, and with them the reuse.
+        self.build_dir.parent.mkdir(exist_ok=True)
+        with open(f"{self.build_dir}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.build()
+
+    def build(self) -> None:
         cmake = self.cmake()
         self.forget_other_toolchain()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
