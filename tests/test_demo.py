@@ -1,0 +1,236 @@
+"""The demo, end to end and without a network, and ``info``."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from x_rope_cls import _C, demo
+from x_rope_cls.__main__ import main
+from x_rope_cls._info import info_lines
+
+for _package in ("x_transformers", "sklearn", "aeon", "matplotlib", "rich"):
+    pytest.importorskip(_package)
+
+from x_rope_cls.demo import data, measure, model, results  # noqa: E402  (after the packages it needs)
+
+MODES = ["rotate", "skip", "mask"]
+SIZE = model.Size(dim=16, depth=2, heads=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> dict[str, data.Task]:
+    return {task.name: task for task in data.load_tasks()}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the demo must not use the network")
+
+    out = tmp_path_factory.mktemp("demo") / "made" / "by the demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        assert main(["demo", "--quick", "--threads", "1", "--seeds", "2", "--epochs", "1", "--out", str(out)]) == 0
+    return out
+
+
+def test_report_has_all_rows(quick: Path) -> None:
+    rows = [line.split() for line in (quick / "report.txt").read_text(encoding="utf-8").splitlines()]
+    for task in ("digits", "vowels"):
+        for mode in MODES:
+            accuracy = [row for row in rows if row[:2] == [task, mode] and "±" in row]
+            assert len(accuracy) == 1
+            agreement = {row[2] for row in rows if row[:2] == [task, mode] and len(row) == 7}
+            assert agreement == {"float32", "bfloat16", "float16"}
+        for mode in MODES[1:]:
+            assert any(row[:4] == [f"{task}:", mode, "-", "rotate"] for row in rows)
+        for change in ("none", "tokens moved by 8", "CLS and memory too", "positions shuffled"):
+            assert any(row[0:1] == [task] and " ".join(row[1:]).startswith(change) for row in rows)
+    for workload in ("digits,", "vowels,", "sheets,"):
+        for work in ("forward", "training"):
+            assert {m for m in MODES for row in rows if row[:1] == [workload] and work in row and m in row} == set(
+                MODES
+            )
+    assert any(" ".join(row).startswith("3 of 3 attention layers fused") for row in rows)
+
+
+def test_numbers_are_saved(quick: Path) -> None:
+    found = json.loads((quick / "results.json").read_text(encoding="utf-8"))
+    assert [task["name"] for task in found["tasks"]] == ["digits", "vowels"]
+    for task in found["tasks"]:
+        assert {mode: len(seeds) for mode, seeds in task["test"].items()} == dict.fromkeys(MODES, 2)
+        assert task["parity"] < 1e-4
+        for row in task["agreement"]:
+            assert row["output"] <= 2 * row["output_eager"] + 16
+            assert row["gradient"] <= 2 * row["gradient_eager"] + 16
+    assert len(found["timings"]) == 6
+    for timing in found["timings"]:
+        assert set(timing["seconds"]) == {model.PLAIN, *MODES}
+        assert all(second > 0 for seconds in timing["seconds"].values() for second in seconds)
+    for name in ("tokens moved by 8", "CLS and memory too"):
+        changes = [c for task in found["tasks"] for seed in task["moved"]["mask"] for c in seed if c["name"] == name]
+        assert len(changes) == 4
+        assert all(change["logits"] < 1e-4 for change in changes)
+
+
+def test_picture_is_a_png(quick: Path) -> None:
+    picture = (quick / "demo.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(picture) > 20_000
+
+
+def test_digits(tasks: dict[str, data.Task]) -> None:
+    task = tasks["digits"]
+    splits = (task.train, task.val, task.test)
+    assert [len(split) for split in splits] == [1077, 360, 360]
+    assert all(split.x.shape[1:] == (64, 1) and split.mask is None for split in splits)
+    assert all(split.y.unique().tolist() == list(range(10)) for split in splits)
+    assert task.positions.shape == (64, 2)
+    assert task.positions[9].tolist() == [1, 1]
+    torch.testing.assert_close(task.train.x.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(task.train.x.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
+
+
+def test_japanese_vowels(tasks: dict[str, data.Task]) -> None:
+    task = tasks["vowels"]
+    splits = (task.train, task.val, task.test)
+    assert [len(split) for split in splits] == [216, 54, 370]
+    assert all(split.y.unique().tolist() == list(range(9)) for split in splits)
+    lengths = torch.cat([split.mask.sum(dim=1) for split in splits if split.mask is not None])
+    assert (len(lengths), lengths.min().item(), lengths.max().item()) == (640, 7, 29)
+    for split in splits:
+        assert split.x.shape[1:] == (29, 12)
+        assert split.mask is not None
+        assert not split.x[~split.mask].any()
+        # Recordings come first, padding behind them.
+        assert (split.mask.long().diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["digits", "vowels"])
+def test_no_recording_is_in_two_splits(tasks: dict[str, data.Task], name: str) -> None:
+    task = tasks[name]
+    everything = torch.cat([split.x.flatten(1) for split in (task.train, task.val, task.test)])
+    assert len(everything.unique(dim=0)) == len(everything)
+
+
+def test_sheets_are_read_row_by_row(tasks: dict[str, data.Task]) -> None:
+    split = tasks["digits"].train
+    sheet = data.sheets(split, per_side=2, count=3)
+    assert sheet.x.shape == (3, 256, 1)
+    image = sheet.x[1].reshape(16, 16)
+    torch.testing.assert_close(image[:8, 8:], split.x[5].reshape(8, 8))
+    torch.testing.assert_close(image[8:, :8], split.x[6].reshape(8, 8))
+
+
+@pytest.mark.parametrize("name", ["digits", "vowels"])
+def test_variants_start_alike_and_rotate_is_x_transformers(tasks: dict[str, data.Task], name: str) -> None:
+    task = tasks[name]
+    batch = task.test.rows(slice(8))
+    rotary = model.tables(model.token_positions(task.positions), SIZE)
+    built = {variant: model.build(variant, task, SIZE, seed=3).eval() for variant in (model.PLAIN, *MODES)}
+    weights = built[model.PLAIN].state_dict()
+    logits = {}
+    for variant, each in built.items():
+        assert each.state_dict().keys() == weights.keys()
+        assert all(torch.equal(value, weights[key]) for key, value in each.state_dict().items())
+        with torch.no_grad():
+            logits[variant] = each(batch.x, batch.mask, model.tables_for(variant, rotary))
+    torch.testing.assert_close(logits["rotate"], logits[model.PLAIN], atol=1e-5, rtol=1e-5)
+    assert (logits["skip"] - logits["rotate"]).abs().max() > 1e-3
+    assert (logits["mask"] - logits["rotate"]).abs().max() > 1e-3
+    assert (logits["mask"] - logits["skip"]).abs().max() > 1e-3
+
+
+def test_positions_of_a_sequence_are_those_x_transformers_counts(tasks: dict[str, data.Task]) -> None:
+    task = tasks["vowels"]
+    batch = task.test.rows(slice(8))
+    plain = model.build(model.PLAIN, task, SIZE, seed=0).eval()
+    rotary = model.tables(model.token_positions(task.positions), SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(batch.x, batch.mask), plain(batch.x, batch.mask, model.plain_tables(rotary)))
+
+
+def test_moved_positions_matter_where_they_should(tasks: dict[str, data.Task]) -> None:
+    task = tasks["digits"].small(16)
+    felt = {}
+    for variant in MODES:
+        rows = measure.moved(model.build(variant, task, SIZE, seed=0), task, SIZE, shift=5)
+        felt[variant] = [row.logits > 1e-3 for row in rows]
+    assert felt == {"rotate": [True, False, True], "skip": [True, True, True], "mask": [False, False, True]}
+
+
+def test_cls_attention_is_that_of_the_cls_token(tasks: dict[str, data.Task]) -> None:
+    task = tasks["digits"]
+    rotary = model.tables(model.token_positions(task.positions), SIZE)
+    built = model.build("mask", task, SIZE, seed=0)
+    weights = measure.cls_attention(built, "mask", task.test.rows(slice(1)), rotary, SIZE)
+    assert weights.shape == (64,)
+    torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
+    assert weights.std() > 0
+
+
+def test_comparison_says_when_a_difference_is_within_the_spread() -> None:
+    def task(mask: list[float]) -> results.TaskResults:
+        return results.TaskResults("t", "", (1, 1, 1), 1, 1, test={"rotate": [0.5, 0.6, 0.7], "mask": mask})
+
+    assert (
+        results.compare(task([0.4, 0.6, 0.8]), "mask", "rotate")
+        == "t: mask - rotate = +0.0 ± 10.0 points: within the spread"
+    )
+    assert results.compare(task([0.6, 0.7, 0.9]), "mask", "rotate").endswith("beyond the spread")
+    single = results.TaskResults("t", "", (1, 1, 1), 1, 1, test={"rotate": [0.5], "mask": [0.6]})
+    assert results.compare(single, "mask", "rotate").endswith("+10.0 points; one seed, so no spread to compare with")
+
+
+def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    found = demo.importlib.util.find_spec
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "aeon" else found(name))
+    assert main(["demo"]) == 1
+    message = capsys.readouterr().err
+    assert "aeon must be installed" in message
+    assert "pip install 'x_rope_cls[demo]'" in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo", "--seeds", "0"], ["demo", "--epochs", "x"], ["nothing"]])
+def test_bad_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--no-measure"]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        torch.__version__,
+        _C.build_info()["compiler"],
+        _C.cpu_isa(),
+        "libx_rope_cls",
+        "tested from",
+        "CUDA",
+    ):
+        assert expected in text
+    assert "measured limits" not in text
+
+
+def test_info_measures() -> None:
+    text = "\n".join(info_lines(measure_seconds=0.01))
+    assert "one thread (1): float32 FMA" in text
+    assert "GB/s" in text

@@ -1,0 +1,146 @@
+"""The picture of the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .measure import Timing, quartiles
+from .model import VARIANTS
+from .results import AttentionMap, Results, TaskResults, mean_sd
+
+# Colours of Okabe and Ito, which colour-blind people can tell apart; shapes differ too.
+_STYLE = {"rotate": ("#0072B2", "o"), "skip": ("#E69F00", "s"), "mask": ("#009E73", "D")}
+_OTHER = ("#777777", "^")
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draws accuracy, times, and what moving the tokens does to accuracy and to the attention of the CLS token."""
+    with mpl.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(12.5, 8.6), layout="constrained")
+        parts: Any = figure.subfigures(2, 1, height_ratios=(2.2, 1), hspace=0.03)
+        top, bottom = parts
+        grid = top.add_gridspec(2, 2, width_ratios=(1, 1.15))
+        _draw_accuracy(top.add_subplot(grid[0, 0]), results)
+        _draw_times(top.add_subplot(grid[1, 0]), results.timings)
+        for index, task in enumerate(results.tasks[:2]):
+            _draw_shifts(top.add_subplot(grid[index, 1]), task)
+        _draw_maps(bottom, results)
+        handles = [_handle(variant) for variant in VARIANTS]
+        top.legend(handles=handles, loc="outside upper center", ncols=len(handles), title="cls_rope", frameon=False)
+        figure.savefig(path, dpi=130)
+
+
+def _style(variant: str) -> tuple[str, str]:
+    return _STYLE.get(variant, _OTHER)
+
+
+def _handle(variant: str) -> Line2D:
+    colour, marker = _style(variant)
+    return Line2D([], [], color=colour, marker=marker, label=variant)
+
+
+def _offsets(count: int, step: float) -> list[float]:
+    return [(index - (count - 1) / 2) * step for index in range(count)]
+
+
+def _draw_accuracy(axes: Any, results: Results) -> None:
+    variants = list(VARIANTS)
+    for place, task in enumerate(results.tasks):
+        for variant, offset in zip(variants, _offsets(len(variants), 0.22), strict=True):
+            colour, marker = _style(variant)
+            values = [100 * value for value in task.test[variant]]
+            mean, sd = mean_sd(values)
+            axes.plot([place + offset - 0.05] * len(values), values, ".", color=colour, alpha=0.5, markersize=6)
+            spread = 0 if sd != sd else sd
+            axes.errorbar(place + offset + 0.03, mean, spread, color=colour, marker=marker, capsize=3, linestyle="none")
+            axes.annotate(
+                f"{mean:.1f}",
+                (place + offset + 0.03, mean),
+                (7, -3),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+    axes.set_xticks(
+        range(len(results.tasks)), [f"{task.name}\n({task.recordings[2]} tested)" for task in results.tasks]
+    )
+    axes.set_xlim(-0.5, len(results.tasks) - 0.4)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"Accuracy: mean ± sd over seeds (n = {results.seeds}), and each seed", loc="left")
+    axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_times(axes: Any, timings: list[Timing]) -> None:
+    variants = list(VARIANTS)
+    for place, timing in enumerate(timings):
+        for variant, offset in zip(variants, _offsets(len(variants), 0.22), strict=True):
+            colour, marker = _style(variant)
+            low, middle, high = quartiles(timing.ratios(variant))
+            error = [[middle - low], [high - middle]]
+            axes.errorbar(middle, place + offset, xerr=error, color=colour, marker=marker, capsize=2, linestyle="none")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(timings)), [f"{t.workload}\n{t.kind}" for t in timings], fontsize=8)
+    axes.set_ylim(len(timings) - 0.5, -0.5)
+    axes.set_xlim(left=0, right=max(1.15, axes.get_xlim()[1]))
+    axes.set_xlabel("time / time of x-transformers with attn_flash=True (below 1: faster)")
+    axes.set_title("Time of the whole model: median and quartiles of ratios", loc="left")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _draw_shifts(axes: Any, task: TaskResults) -> None:
+    for variant, seeds in task.by_shift.items():
+        colour, marker = _style(variant)
+        by_shift = [mean_sd([100 * value for value in values]) for values in zip(*seeds, strict=True)]
+        means = [mean for mean, _ in by_shift]
+        axes.plot(task.shifts, means, color=colour, marker=marker, markersize=4, label=variant)
+        low = [mean - sd if sd == sd else mean for mean, sd in by_shift]
+        high = [mean + sd if sd == sd else mean for mean, sd in by_shift]
+        axes.fill_between(task.shifts, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylabel("test accuracy, %")
+    unit = "rows and columns" if task.name == "digits" else "frames"
+    axes.set_xlabel(f"positions of all tokens but CLS and memory moved by, {unit}")
+    axes.set_title(f"{task.name}: trained at 0, tested elsewhere", loc="left")
+    axes.set_ylim(0, 103)
+    axes.grid(alpha=0.3)
+
+
+def _draw_maps(figure: Any, results: Results) -> None:
+    if results.image is None:
+        return
+    axes = figure.subplots(1, len(results.maps) + 1)
+    _show(axes[0], results.image.tolist(), "gray_r", "a test digit", "black")
+    for panel, each in zip(axes[1:], results.maps, strict=True):
+        start = next(m for m in results.maps if m.variant == each.variant and m.shift == 0)
+        limit = max(m.weights.max().item() for m in results.maps if m.variant == each.variant)
+        _show(panel, each.weights.tolist(), "magma", _map_title(each, start), _style(each.variant)[0], limit)
+    figure.suptitle(
+        "Attention of CLS over the pixels in the last layer, their positions moved by s (below: how much of it moved)",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
+
+
+def _map_title(each: AttentionMap, start: AttentionMap) -> str:
+    head = f"{each.variant}, s = {each.shift}"
+    if each.shift == 0:
+        return f"{head}\n"
+    moved = (each.weights - start.weights).abs().sum().item() / 2
+    return f"{head}\n{100 * moved:.0f} %" if moved > 1e-3 else f"{head}\n{100 * moved:.0e} %"
+
+
+def _show(
+    axes: Any, image: list[list[float]], colours: str, title: str, colour: str, limit: float | None = None
+) -> None:
+    axes.imshow(image, cmap=colours, vmin=0 if limit else None, vmax=limit)
+    axes.set_title(title, color=colour, fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+        spine.set_color(colour)

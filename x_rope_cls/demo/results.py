@@ -1,0 +1,107 @@
+"""What a run of the demo found, before it is printed or drawn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .measure import Agreement, Moved, Timing
+
+
+@dataclass
+class TaskResults:
+    """Of one data set. Lists are by seed, dictionaries by variant.
+
+    Attributes:
+        name, title: of the task.
+        recordings: how many in training, validation and test.
+        tokens: in a sequence, special tokens included.
+        epochs: passes over the training data.
+        test: test accuracies.
+        val: validation accuracies.
+        best_epochs: the epochs whose weights were tested.
+        moved: what other positions do, by change.
+        shifts: how far tokens were moved for ``by_shift``.
+        by_shift: test accuracy at each shift.
+        agreement: with the float64 reference.
+        parity: largest difference of a logit from x_transformers.Encoder with the weights of ``rotate``.
+    """
+
+    name: str
+    title: str
+    recordings: tuple[int, int, int]
+    tokens: int
+    epochs: int
+    test: dict[str, list[float]] = field(default_factory=dict)
+    val: dict[str, list[float]] = field(default_factory=dict)
+    best_epochs: dict[str, list[int]] = field(default_factory=dict)
+    moved: dict[str, list[list[Moved]]] = field(default_factory=dict)
+    shifts: list[int] = field(default_factory=list)
+    by_shift: dict[str, list[list[float]]] = field(default_factory=dict)
+    agreement: list[Agreement] = field(default_factory=list)
+    parity: float = float("nan")
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Attention of the CLS token over an image: weights (rows, columns) with the pixels moved by ``shift``."""
+
+    variant: str
+    shift: int
+    weights: Tensor
+
+
+@dataclass
+class Results:
+    """All of a run.
+
+    Attributes:
+        machine: processor, instruction set, threads and versions, in one line each.
+        seeds: how many.
+        parameters: of one model, by task.
+        tasks: one for each data set.
+        timings: one for each workload and kind of work.
+        image: (rows, columns), the picture that ``maps`` are of.
+        maps: attention of the CLS token.
+        explained: what ``explain`` says about the ``mask`` model.
+        seconds: the whole run.
+    """
+
+    machine: list[str]
+    seeds: int
+    parameters: dict[str, int] = field(default_factory=dict)
+    tasks: list[TaskResults] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    image: Tensor | None = None
+    maps: list[AttentionMap] = field(default_factory=list)
+    explained: str = ""
+    seconds: float = 0.0
+
+    def save(self, path: Path) -> None:
+        """Writes all numbers as JSON."""
+        path.write_text(json.dumps(asdict(self, dict_factory=_plain), indent=1) + "\n", encoding="utf-8")
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, Tensor) else value for name, value in pairs}
+
+
+def mean_sd(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation; the latter is nan for a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def compare(task: TaskResults, variant: str, with_variant: str) -> str:
+    """A sentence on the difference of two variants' test accuracies, paired by seed."""
+    pairs = zip(task.test[variant], task.test[with_variant], strict=True)
+    mean, sd = mean_sd([100 * (a - b) for a, b in pairs])
+    lead = f"{task.name}: {variant} - {with_variant} = {mean:+.1f}"
+    if sd != sd:
+        return f"{lead} points; one seed, so no spread to compare with"
+    verdict = "within the spread" if abs(mean) <= sd else "beyond the spread"
+    return f"{lead} ± {sd:.1f} points: {verdict}"
