@@ -18,6 +18,8 @@ import x_transformers.x_transformers as xt
 import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 
+from x_rope_cls.xt import version
+
 OPTIONS: dict[str, Any] = {**cases.BASE, "attn_flash": True}
 
 
@@ -300,3 +302,26 @@ def test_failed_swap_changes_nothing() -> None:
     assert type(encoder) is x_transformers.Encoder
     assert not any(isinstance(m, x_rope_cls.Encoder) for m in encoder.modules())
     encoder(torch.randn(1, 5, 32))
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert version.installed_version() == str(cases.VERSION)
+    monkeypatch.setattr(version.metadata, "version", lambda _: "2.10.2")
+    with pytest.raises(ImportError, match=r"x-transformers must be at least 2\.11\.23, got 2\.10\.2"):
+        version.installed_version()
+
+    def missing(name: str) -> str:
+        raise version.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(version.metadata, "version", missing)
+    with pytest.raises(ModuleNotFoundError, match=r"x-transformers>=2\.11\.23 must be installed"):
+        version.installed_version()
+
+
+def test_hooks_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Any, k: Any, v: Any, mask: Any = None, attn_bias: Any = None) -> None: ...
+
+    version.check_hooks(xt.Attention, xt.Attend, xt.AttentionLayers)
+    with pytest.raises(ImportError, match=r"Attend\.forward of x-transformers must take prev_attn"):
+        version.check_hooks(xt.Attention, Attend, xt.AttentionLayers)
