@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,7 @@ MODELS = (_x_transformer, _masked_language_model, _gpt_vae, _free_transformer, _
 
 def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, torch.Tensor]:
     torch.manual_seed(7)
+    random.seed(7)
     out = model(*args)
     while isinstance(out, tuple):
         out = out[0]
