@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+import x_rope_cls
+
 pytest.importorskip("x_transformers")
 import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 from xt_emulation import emulated, exact_softmax, rotated_heads
+
+from x_rope_cls.xt import attention
 
 TOLERANCE = 1e-9
 WITHOUT_ROTATION = ("no_rotary", "polar", "rel_pos_bias", "dynamic_pos_bias")
@@ -78,6 +82,18 @@ def test_mask_sees_no_positions(name: str) -> None:
     moved[:2] = 100
     torch.testing.assert_close(ours(x, pos=moved), out)
     torch.testing.assert_close(ours(x, pos=pos[2:]), out)  # positions of the ordinary tokens are enough
+
+
+@pytest.mark.parametrize("name", [n for n in cases.FUSED_OPTIONS if n not in {*WITHOUT_ROTATION, *cases.FLOAT32_ONLY}])
+def test_without_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no kernel for the device, the composite path computes the same."""
+    _, ours = _make(name, cls_rope="mask", num_prefix_tokens=2, num_suffix_tokens=1)
+    inputs = cases.make_inputs(ours, tokens=8)
+    expected = cases.run(ours, inputs)
+    monkeypatch.setattr(attention, "FUSED_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(attention, "fused_attention", None)
+    assert not x_rope_cls.explain(ours).fused or not len(x_rope_cls.explain(ours))
+    cases.assert_same(cases.run(ours, inputs), expected, TOLERANCE)
 
 
 def test_mask_without_special_tokens_is_rotate() -> None:

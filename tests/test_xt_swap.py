@@ -133,6 +133,9 @@ def test_encoder_itself() -> None:
     x_rope_cls.swap_(encoder, cls_rope="rotate")
     assert encoder.num_prefix_tokens == 1
     torch.testing.assert_close(encoder(x), before)
+    x_rope_cls.swap_(encoder, num_prefix_tokens=0, rotate=[False] + [True] * 4)
+    x_rope_cls.swap_(encoder, "skip")
+    assert encoder.rotate.tolist() == [False, True, True, True, True]
 
 
 class Louder(x_transformers.Encoder):  # type: ignore[misc]
@@ -212,6 +215,13 @@ def test_explain_names_the_option(name: str) -> None:
     assert kinds == ({"cross"} if name in cases.CROSS_ONLY else {"self"})
     for option in set(options) & set(reasons.split()):
         assert option in str(report)
+
+
+def test_explain_warns_of_tokens_the_encoder_does_not_know() -> None:
+    encoder = x_rope_cls.Encoder(**OPTIONS)
+    model = x_transformers.TransformerWrapper(num_tokens=5, max_seq_len=9, attn_layers=encoder, num_memory_tokens=2)
+    assert "adds 2 tokens in front" in str(x_rope_cls.explain(model))
+    assert "adds" not in str(x_rope_cls.explain(x_rope_cls.swap_(model)))
 
 
 def test_explain_sees_attention_outside_encoders() -> None:

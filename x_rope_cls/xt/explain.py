@@ -9,8 +9,10 @@ from typing import Any, overload
 from torch import nn
 from x_transformers.x_transformers import Attention, AttentionLayers
 
-from .attention import FUSED_DEVICE_TYPES, RopeAttention
+from . import attention as attention_module
+from .attention import RopeAttention
 from .encoder import RopeEncoderMixin, attention_layers
+from .swap import special_tokens
 from .version import installed_version
 
 _KINDS = {"a": "self", "c": "cross"}
@@ -95,7 +97,8 @@ def explain(model: nn.Module) -> Report:
         if isinstance(module, Attention)
     ]
     notes = [note for name, encoder in encoders for note in _notes(name, encoder)]
-    return Report(rows, notes)
+    notes += [note for name, module in model.named_modules() for note in _uncounted(name, module)]
+    return Report(rows, [*notes, f"x-transformers {installed_version()}"])
 
 
 def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
@@ -105,7 +108,7 @@ def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
     attend: Any = attention.attend
     device = next(attention.parameters()).device.type
     reasons = list(attend.composite_reasons)
-    if device not in FUSED_DEVICE_TYPES:
+    if device not in attention_module.FUSED_DEVICE_TYPES:
         reasons.append(f"no kernel for {device} in this build")
     if reasons:
         return Row(name, kind, False, "; ".join(reasons), cls_rope, "x_transformers")
@@ -124,8 +127,22 @@ def _notes(name: str, encoder: AttentionLayers) -> list[str]:
     if bias is not None and encoder.cls_rope != "rotate":
         notes.append(f"{where}: position biases still see tokens without a position; cls_rope is about rotation only")
     notes.append(f"{where}: calls that pass prev_attn, attn_delta or causal=True take the composite path")
-    notes.append(f"x-transformers {installed_version()}")
     return notes
+
+
+def _uncounted(name: str, wrapper: nn.Module) -> list[str]:
+    """Warns of a wrapper that adds tokens without a position which its encoder was not told of."""
+    encoder = getattr(wrapper, "attn_layers", None)
+    if not isinstance(encoder, RopeEncoderMixin) or encoder.rotate is not None:
+        return []
+    added, counted = special_tokens(wrapper), special_tokens(encoder)
+    if added[0] <= counted[0] and added[1] <= counted[1]:
+        return []
+    where = name or type(wrapper).__name__
+    return [
+        f"{where}: adds {added[0]} tokens in front and {added[1]} at the end that have no position, but the encoder "
+        f"counts {counted[0]} and {counted[1]}; swap_() or num_prefix_tokens / num_suffix_tokens tell it"
+    ]
 
 
 def _is_bias(module: Any) -> bool:

@@ -25,7 +25,7 @@ def swap_(
 
     Which tokens have no position is read off the wrapper where it is not given: TransformerWrapper and its kin put
     memory and CLS tokens in front, ViTransformerWrapper puts register tokens at the end. A swapped model may be
-    swapped again, with other settings.
+    swapped again, with other settings; an encoder of this package keeps those that are not given.
 
     Args:
         model: an x_transformers Encoder, or a wrapper with one as ``attn_layers``: TransformerWrapper,
@@ -43,6 +43,8 @@ def swap_(
         ValueError: see :class:`x_rope_cls.Encoder`.
     """
     encoder = _find_encoder(model)
+    if isinstance(model, RopeEncoderMixin) and rotate is num_prefix_tokens is num_suffix_tokens is None:
+        rotate = model.rotate
     prefix, suffix = (0, 0) if rotate is not None else special_tokens(model)
     previous = encoder.__class__
     if not isinstance(encoder, RopeEncoderMixin):
