@@ -140,7 +140,7 @@ const KernelTable* best(const Variant* cap) {
 struct BuiltNames {
   const char* list[std::size(kVariants) + 1] = {};
 
-  constexpr BuiltNames() {
+  BuiltNames() {
     size_t count = 0;
     for (const Variant& variant : kVariants) {
       if (variant.table != nullptr) {
@@ -149,8 +149,6 @@ struct BuiltNames {
     }
   }
 };
-constexpr BuiltNames kBuiltNames;
-
 struct Choice {
   std::atomic<const KernelTable*> table;
   char warning[256] = "";
@@ -191,7 +189,10 @@ Choice& choice() {
 
 const KernelTable& kernels() { return *choice().table.load(std::memory_order_relaxed); }
 
-const char* const* built_isas() { return kBuiltNames.list; }
+const char* const* built_isas() {
+  static const BuiltNames names;
+  return names.list;
+}
 
 bool isa_supported(const char* name) {
   const Variant* variant = find(name);
