@@ -256,6 +256,7 @@ void Workers::run(void* context, int64_t workers, void (*body)(void*, int64_t), 
     return;
   }
   std::vector<std::jthread> threads;
+  threads.reserve(workers);
   for (int64_t worker = 0; worker < workers; ++worker) {
     threads.emplace_back(body, argument, worker);
   }
