@@ -82,7 +82,7 @@ def _run_theirs(theirs: Any, inputs: dict[str, Any], call: dict[str, Any], patch
         rotate = torch.tensor([False] * call["prefix"] + [True] * inner + [False] * call["suffix"])
         with emulated(call["cls_rope"], rotate, patch, rotated_heads(theirs)):
             return cases.run(theirs, inputs)
-    except (AssertionError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
+    except Exception:  # options that do not go together fail in many ways
         return None
 
 
