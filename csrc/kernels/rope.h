@@ -46,6 +46,8 @@ struct RopeTableGradParams {
   Tensor4 x;
   const uint8_t* rotate;
   int64_t rotate_stride_b, rotate_stride_n;
+  const uint8_t* keep;  // non-zero: the token counts; its x may be anything where not. Null: all do
+  int64_t keep_stride_b, keep_stride_n;
   void* dcos;
   void* dsin;
   int64_t table_batch, table_heads;  // 1 where broadcast

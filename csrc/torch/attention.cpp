@@ -159,7 +159,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rope_
   g.dq = view_of(dq);
   g.dk = view_of(dk);
   g.dv = view_of(dv);
-  const Tensor nothing = empty_of(q, {0}, compute);
+  // A fresh one each time: outputs of an operator must not share memory.
+  const auto nothing = [&] { return empty_of(q, {0}, compute); };
   OptionalTensor dq_rotated;
   OptionalTensor dk_rotated;
   if (need_table_grad) {
@@ -179,18 +180,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rope_
   const Workspace workspace(kernels.attention_backward_workspace(g, threads.workers));
   kernels.attention_backward(g, threads, workspace.get());
 
-  Tensor dbias = need_bias_grad ? like_bias(*bias_gradient, *attn_mask) : nothing;
-  Tensor dcos_q = nothing;
-  Tensor dsin_q = nothing;
-  Tensor dcos_k = nothing;
-  Tensor dsin_k = nothing;
-  if (need_table_grad) {
-    // Rows that were not rotated are zero in dq_rotated and dk_rotated: no mask is needed.
-    std::tie(dcos_q, dsin_q) =
-        table_gradients(*dq_rotated, q, *cos_q, std::nullopt, interleaved, false);
-    std::tie(dcos_k, dsin_k) =
-        table_gradients(*dk_rotated, k, *cos_k, std::nullopt, interleaved, false);
-  }
+  Tensor dbias = need_bias_grad ? like_bias(*bias_gradient, *attn_mask) : nothing();
+  if (!need_table_grad) return {dq, dk, dv, dbias, nothing(), nothing(), nothing(), nothing()};
+  const RotaryTable& tq = p.table_q;
+  const RotaryTable& tk = p.table_k;
+  auto [dcos_q, dsin_q] =
+      table_gradients(*dq_rotated, q, *cos_q, {tq.rotate, tq.rotate_stride_b, tq.rotate_stride_n},
+                      {}, interleaved, false);
+  auto [dcos_k, dsin_k] =
+      table_gradients(*dk_rotated, k, *cos_k, {tk.rotate, tk.rotate_stride_b, tk.rotate_stride_n},
+                      {p.key_mask, p.key_mask_stride_b, p.key_mask_stride_n}, interleaved, false);
   return {dq, dk, dv, dbias, dcos_q, dsin_q, dcos_k, dsin_k};
 }
 

@@ -5,35 +5,6 @@
 #include "params.h"
 
 namespace x_rope_cls::ops {
-namespace {
-
-// `table`: cos, whose leading axes say what the sums run over.
-RopeTableGradParams table_grad_params(const Tensor& grad, const Tensor& x, const Tensor& table,
-                                      const OptionalTensor& rotate, bool interleaved,
-                                      bool inverse) {
-  RopeTableGradParams p{};
-  p.dtype = dtype_of(x);
-  p.grad_dtype = dtype_of(grad);
-  p.grad = view_of(grad);
-  p.x = view_of(x);
-  const RotaryTable t = table_of(table, table, rotate);
-  p.rotate = t.rotate;
-  p.rotate_stride_b = t.rotate_stride_b;
-  p.rotate_stride_n = t.rotate_stride_n;
-  p.table_batch = table.dim() == 4 ? table.size(0) : 1;
-  p.table_heads = table.dim() >= 3 ? table.size(table.dim() - 3) : 1;
-  p.batch = x.size(0);
-  p.heads = x.size(1);
-  p.tokens = x.size(2);
-  p.head_dim = x.size(3);
-  p.pairs = table.size(table.dim() - 1);
-  p.interleaved = interleaved;
-  p.inverse = inverse;
-  return p;
-}
-
-}  // namespace
-
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate,
             bool interleaved, bool inverse) {
   check_rope(x, cos, sin, rotate);
@@ -58,19 +29,40 @@ std::tuple<Tensor, Tensor> rope_table_grad(const Tensor& grad, const Tensor& x, 
                                            const OptionalTensor& rotate, bool interleaved,
                                            bool inverse) {
   check_rope_table_grad(grad, x, cos, rotate);
-  return table_gradients(grad, x, cos, rotate, interleaved, inverse);
+  const RotaryTable t = table_of(cos, cos, rotate);
+  return table_gradients(grad, x, cos, {t.rotate, t.rotate_stride_b, t.rotate_stride_n}, {},
+                         interleaved, inverse);
 }
 
 std::tuple<Tensor, Tensor> table_gradients(const Tensor& grad, const Tensor& x, const Tensor& cos,
-                                           const OptionalTensor& rotate, bool interleaved,
-                                           bool inverse) {
+                                           const TokenMask& rotate, const TokenMask& keep,
+                                           bool interleaved, bool inverse) {
   const auto sizes = cos.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end());
   Tensor dcos = empty_of(x, shape, compute_type(x));
   Tensor dsin = empty_of(x, shape, compute_type(x));
-  RopeTableGradParams p = table_grad_params(grad, x, cos, rotate, interleaved, inverse);
+  RopeTableGradParams p{};
+  p.dtype = dtype_of(x);
+  p.grad_dtype = dtype_of(grad);
+  p.grad = view_of(grad);
+  p.x = view_of(x);
+  p.rotate = rotate.data;
+  p.rotate_stride_b = rotate.stride_b;
+  p.rotate_stride_n = rotate.stride_n;
+  p.keep = keep.data;
+  p.keep_stride_b = keep.stride_b;
+  p.keep_stride_n = keep.stride_n;
   p.dcos = dcos.data_ptr();
   p.dsin = dsin.data_ptr();
+  p.table_batch = cos.dim() == 4 ? cos.size(0) : 1;
+  p.table_heads = cos.dim() >= 3 ? cos.size(cos.dim() - 3) : 1;
+  p.batch = x.size(0);
+  p.heads = x.size(1);
+  p.tokens = x.size(2);
+  p.head_dim = x.size(3);
+  p.pairs = cos.size(cos.dim() - 1);
+  p.interleaved = interleaved;
+  p.inverse = inverse;
   cpu::kernels().rope_table_grad(p, torch_threads());
   return {dcos, dsin};
 }

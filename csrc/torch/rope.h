@@ -14,9 +14,16 @@ std::tuple<Tensor, Tensor> rope_table_grad(const Tensor& grad, const Tensor& x, 
                                            const OptionalTensor& rotate, bool interleaved,
                                            bool inverse);
 
-// The same without checks; grad may be of the compute type.
+// One byte a token, by strides; null: all tokens.
+struct TokenMask {
+  const uint8_t* data;
+  int64_t stride_b, stride_n;
+};
+
+// The same without checks; grad may be of the compute type. Tokens that are not kept count for
+// nothing.
 std::tuple<Tensor, Tensor> table_gradients(const Tensor& grad, const Tensor& x, const Tensor& cos,
-                                           const OptionalTensor& rotate, bool interleaved,
-                                           bool inverse);
+                                           const TokenMask& rotate, const TokenMask& keep,
+                                           bool interleaved, bool inverse);
 
 }  // namespace x_rope_cls::ops

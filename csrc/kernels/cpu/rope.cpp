@@ -155,9 +155,9 @@ void table_grad_row(const RopeTableGradParams& p, int64_t tb, int64_t th, int64_
   const int64_t h_first = p.table_heads == 1 ? 0 : th;
   const int64_t h_last = p.table_heads == 1 ? p.heads : th + 1;
   for (int64_t b = b_first; b < b_last; ++b) {
-    const bool rotated =
-        p.rotate == nullptr || p.rotate[b * p.rotate_stride_b + n * p.rotate_stride_n] != 0;
-    if (!rotated) continue;
+    if (p.rotate != nullptr && p.rotate[b * p.rotate_stride_b + n * p.rotate_stride_n] == 0)
+      continue;
+    if (p.keep != nullptr && p.keep[b * p.keep_stride_b + n * p.keep_stride_n] == 0) continue;
     for (int64_t h = h_first; h < h_last; ++h) {
       add_table_grad<S, G>(p, row_of<const G>(p.grad, b, h, n), row_of<const S>(p.x, b, h, n), dcos,
                            dsin);
