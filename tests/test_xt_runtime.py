@@ -49,7 +49,9 @@ def test_fully_masked_rows(options: dict[str, Any]) -> None:
     "shape", [(7, 7), (4, 7, 7), (2, 1, 7, 7), (1, 4, 7, 7), (2, 4, 7, 7), (1, 1, 1, 7), (2, 1, 1, 7)]
 )
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("options", [{}, {"attn_kv_heads": 2}, {"alibi_pos_bias": True, "attn_kv_heads": 2}])
+@pytest.mark.parametrize(
+    "options", [{}, {"attn_kv_heads": 2}, {"alibi_pos_bias": True, "attn_kv_heads": 2}, {"attn_max_attend_past": 2}]
+)
 def test_attn_mask(shape: tuple[int, ...], with_mask: bool, options: dict[str, Any]) -> None:
     attn_mask = torch.rand(shape) > 0.4
     inputs = {"x": _x(), "attn_mask": attn_mask, **({"mask": torch.rand(2, 7) > 0.3} if with_mask else {})}
