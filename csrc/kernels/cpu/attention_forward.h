@@ -1,0 +1,139 @@
+// The plan and memory of one attention forward call.
+#pragma once
+
+#include "../attention.h"
+#include "attention_common.h"
+#include "tasks.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+constexpr int64_t kMostRows = 96;        // of a query block
+constexpr int64_t kLeastRows = 24;       // when there are too few blocks for the workers
+constexpr int64_t kKeyBlock = 512;       // columns of scores held at a time
+constexpr int64_t kPackKeys = 512;       // keys a packing task takes
+constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
+
+// Sizes and choices of one call.
+template <typename T>
+struct ForwardPlan {
+  const AttentionParams* p;
+  int64_t workers;
+  int64_t row_block;
+  int64_t group;  // query heads a key head
+  int64_t most_columns;
+  int64_t key_width;    // head_dim padded to whole vectors
+  int64_t value_width;  // value_dim padded to whole vectors
+  int64_t value_panels;
+  int64_t score_stride;
+  int64_t slots;           // packed heads in flight
+  int64_t packs, attends;  // tasks a key head
+  bool raw_keys;           // rows without a position need ordinary keys unrotated
+  Splits queries, keys;
+};
+
+// What packing one key head leaves: keys as panels [column panel][channel][column], those with a
+// position rotated in `keys` and, for rows without one, as they are in `raw`; values as panels
+// [value panel][column][2 vectors].
+template <typename T>
+struct PackedHead {
+  T* keys;
+  T* raw;
+  T* values;
+  Counter* packed;    // packing tasks done, over all heads that used the slot
+  Counter* attended;  // attending tasks done
+};
+
+template <typename T>
+struct RowScratch {
+  T* query;      // (rows, head_dim), scaled by scale * log2(e); rotated where rows have a position
+  T* query_raw;  // the same, unrotated
+  T* scores;     // (rows, score_stride)
+  T* out;        // (rows, value_width)
+  T* maximum;    // (rows), log2
+  T* sum;        // (rows)
+  T* rows;       // (2 vectors, widest row)
+  T* table;      // (2 * pairs)
+  T* factors;    // (key block), dropout
+};
+
+template <typename T>
+struct ForwardMemory {
+  ForwardPlan<T> plan;
+  PackedHead<T>* heads;
+  RowScratch<T>* scratch;
+};
+
+inline double forward_flops(const AttentionParams& p) {
+  return 2.0 * static_cast<double>(p.batch * p.heads) * static_cast<double>(p.queries) *
+         static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
+}
+
+// Balanced blocks of rows, each a whole number of register tiles where there are enough rows.
+template <typename T>
+int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
+  constexpr int64_t kTile = VecTraits<T>::kTileRows;
+  const int64_t heads = max_of<int64_t>(1, p.batch * p.heads);
+  int64_t blocks = ceil_div(max_of<int64_t>(p.queries, 1), kMostRows);
+  while (workers > 1 && heads * blocks < 4 * workers && p.queries / blocks > kLeastRows) ++blocks;
+  return max_of<int64_t>(1, min_of(p.queries, round_up(ceil_div(p.queries, blocks), kTile)));
+}
+
+template <typename T>
+ForwardPlan<T> make_plan(const AttentionParams& p, int64_t most_workers) {
+  ForwardPlan<T> plan{};
+  plan.p = &p;
+  plan.workers = useful_workers(most_workers, forward_flops(p), kFlopsPerWorker);
+  plan.row_block = choose_row_block<T>(p, plan.workers);
+  plan.group = p.key_heads == 0 ? 1 : p.heads / p.key_heads;
+  plan.most_columns = most_columns<T>(p.keys);
+  plan.key_width = round_up(p.head_dim, kLanes<T>);
+  plan.value_width = round_up(p.value_dim, kLanes<T>);
+  plan.value_panels = ceil_div(plan.value_width, 2 * kLanes<T>);
+  const int64_t widest = min_of(kKeyBlock + 2 * kLanes<T>, plan.most_columns);
+  plan.score_stride = widest + kLanes<T>;  // no power of two: rows must not share cache sets
+  plan.slots = min_of(p.batch * p.key_heads, plan.workers == 1 ? 1 : plan.workers + 1);
+  plan.packs = ceil_div(p.keys, kPackKeys);
+  // One block more than the rows need where two classes of rows each end in a part of a block.
+  plan.attends = plan.group * (ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0));
+  plan.raw_keys = sets_apart(p) && p.table_q.rotate != nullptr;
+  return plan;
+}
+
+template <typename T>
+ForwardMemory<T> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
+  ForwardMemory<T> m{};
+  m.plan = make_plan<T>(p, workers);
+  ForwardPlan<T>& plan = m.plan;
+  plan.queries = take_splits(arena, query_source(p));
+  plan.keys = take_splits(arena, key_source(p));
+  m.heads = arena.take<PackedHead<T>>(plan.slots);
+  m.scratch = arena.take<RowScratch<T>>(plan.workers);
+  for (int64_t i = 0; i < plan.slots; ++i) {
+    PackedHead<T> head{};
+    head.keys = arena.take<T>(plan.most_columns * p.head_dim);
+    head.raw = plan.raw_keys ? arena.take<T>(plan.most_columns * p.head_dim) : nullptr;
+    head.values = arena.take<T>(plan.value_panels * 2 * kLanes<T> * plan.most_columns);
+    head.packed = arena.take<Counter>(1);
+    head.attended = arena.take<Counter>(1);
+    if (arena.base != nullptr) m.heads[i] = head;
+  }
+  const int64_t widest_row = max_of(plan.key_width, plan.value_width);
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    RowScratch<T> s{};
+    s.query = arena.take<T>(plan.row_block * p.head_dim);
+    s.query_raw = sets_apart(p) ? arena.take<T>(plan.row_block * p.head_dim) : nullptr;
+    s.scores = arena.take<T>(plan.row_block * plan.score_stride);
+    s.out = arena.take<T>(plan.row_block * plan.value_width);
+    s.maximum = arena.take<T>(plan.row_block);
+    s.sum = arena.take<T>(plan.row_block);
+    s.rows = arena.take<T>(2 * kLanes<T> * widest_row);
+    s.table = arena.take<T>(2 * p.pairs);
+    s.factors = p.dropout_p > 0 ? arena.take<T>(plan.score_stride) : nullptr;
+    if (arena.base != nullptr) m.scratch[i] = s;
+  }
+  return m;
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
