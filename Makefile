@@ -11,7 +11,7 @@ VENV ?= .venv
 NEXT_VENV ?= .venv-next
 TORCH ?= torch==2.13.0
 NEXT_TORCH ?= torch==2.14.1
-# For example PIP_FLAGS="--extra-index-url URL" for an index with CPU builds of torch.
+# Further options of pip, for example PIP_FLAGS="--extra-index-url URL" for an index with CPU builds of torch.
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
@@ -22,7 +22,7 @@ pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
 cpp_sources := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
-quick_tests := tests/test_build.py tests/test_ops.py tests/test_rope.py tests/test_attention.py
+quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py)
 
 .PHONY: demo test build lint format sanitize test-next-torch clean
 .DELETE_ON_ERROR:
@@ -91,8 +91,8 @@ next := $(NEXT_VENV)/bin
 
 $(NEXT_VENV)/.stamp-test: requirements/demo.txt requirements/test.txt
 	$(PYTHON) -m venv $(NEXT_VENV)
-	$(next)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) $(NEXT_TORCH) numpy \
-	    -r requirements/test.txt x-transformers
+	$(next)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS) $(NEXT_TORCH) \
+	    -r requirements/demo.txt -r requirements/test.txt
 	@touch $@
 
 test-next-torch: $(VENV)/.stamp-build $(NEXT_VENV)/.stamp-test
