@@ -280,6 +280,8 @@ def test_threads_do_not_meet() -> None:
     ],
 )
 def test_compile(options: dict[str, Any], ours: dict[str, Any]) -> None:
+    if "attn_softclamp_logits" in options and cases.Version("2.31.10") > cases.VERSION:
+        pytest.skip("x-transformers looks at the values of masks there, which breaks the graph")
     torch._dynamo.reset()
     encoder = x_rope_cls.Encoder(**{**cases.BASE, "depth": 1, **options}, **ours)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
