@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from strategies import AttentionCase
-from tolerance import assert_close
+from tolerance import GRADIENT_SLACK, SLACK, assert_close
 from torch import Tensor
 
 from x_rope_cls import _C, Rotary, reference
@@ -85,15 +85,21 @@ def each_isa() -> Iterator[str]:
 
 
 def check_forward(case: AttentionCase, scores: float = 0.0) -> None:
-    """Asserts that the operator's outputs are as near to float64 as eager PyTorch's, on every instruction set."""
+    """Asserts that the operator's outputs are as near to float64 as eager PyTorch's, on every instruction set.
+
+    Args:
+        case: the arguments.
+        scores: the largest score, where it is above 32.
+    """
+    slack = SLACK[case.q.dtype] * max(1.0, scores / 32)
     eager, exact = call_reference(case), call_reference(in_float64(case))
     for isa in each_isa():
         out, lse = call_operator(case)
         assert out.dtype == case.q.dtype
         assert out.transpose(1, 2).is_contiguous()
         assert lse.is_contiguous()
-        assert_close(out, eager[0], exact[0], case.q.dtype, f"{isa}: out", scores)
-        assert_close(lse, eager[1], exact[1], case.q.dtype, f"{isa}: lse", scores)
+        assert_close(out, eager[0], exact[0], case.q.dtype, f"{isa}: out", slack)
+        assert_close(lse, eager[1], exact[1], case.q.dtype, f"{isa}: lse", slack)
 
 
 def check_backward(case: AttentionCase, use_out: bool = True, use_lse: bool = True) -> None:
@@ -109,4 +115,4 @@ def check_backward(case: AttentionCase, use_out: bool = True, use_lse: bool = Tr
         for name, gradient in gradients.items():
             assert gradient.dtype == case.differentiable()[name].dtype
             of = (gradient, eager_gradients[name], exact_gradients[name])
-            assert_close(*of, case.q.dtype, f"{isa}: gradient of {name}")
+            assert_close(*of, case.q.dtype, f"{isa}: gradient of {name}", GRADIENT_SLACK[case.q.dtype])
