@@ -83,6 +83,7 @@ def test_mems(options: dict[str, Any]) -> None:
     skipped = ours(**inputs)
     rotate = torch.tensor([True] * 3 + [False] + [True] * 6)
     torch.testing.assert_close(ours(**inputs, rotate=rotate), skipped)
+    torch.testing.assert_close(ours(**inputs, rotate=rotate[3:]), skipped)  # mems have positions
     assert not torch.allclose(ours(**inputs, rotate=~rotate), skipped)
 
 
@@ -310,14 +311,15 @@ def test_compile_does_not_recompile_for_each_length() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_module_keeps_its_angles(dtype: torch.dtype) -> None:
-    encoder = x_rope_cls.Encoder(**FLASH, cls_rope="rotate")
-    encoder.rotary_pos_emb.inv_freq.copy_(encoder.rotary_pos_emb.inv_freq.to(dtype))  # what the cast below leaves
-    x = torch.randn(1, 700, 32)
-    expected = encoder(x)
-    got = encoder.to(dtype)(x.to(dtype))
-    assert got.dtype == dtype
-    error = (got.float() - expected).abs().max()
-    assert error < (0.1 if dtype == torch.bfloat16 else 0.02)
+    encoder = x_rope_cls.Encoder(**FLASH, cls_rope="rotate").to(dtype)
+    seen: list[Any] = []
+    encoder.layers[0][1].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["rotary_pos_emb"]), with_kwargs=True
+    )
+    assert encoder(torch.randn(1, 700, 32, dtype=dtype)).dtype == dtype
+    angles = torch.arange(700)[:, None] * encoder.rotary_pos_emb.inv_freq.float()
+    torch.testing.assert_close(seen[0].queries.cos, angles.cos())
+    torch.testing.assert_close(seen[0].queries.sin, angles.sin())
 
 
 def test_autocast() -> None:
