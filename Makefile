@@ -54,7 +54,7 @@ $(VENV)/.stamp-test: requirements/test.txt requirements/without-deps.txt $(VENV)
 	$(pip) --no-deps -r requirements/without-deps.txt
 	@touch $@
 
-$(VENV)/.stamp-lint: requirements/lint.txt $(VENV)/.stamp-torch
+$(VENV)/.stamp-lint: requirements/lint.txt $(VENV)/.stamp-demo
 	$(pip) -r requirements/lint.txt
 	@touch $@
 
