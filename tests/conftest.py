@@ -22,6 +22,9 @@ _SETTINGS = {
     ],
     "print_blob": True,
 }
+# Small tensors gain nothing from threads, and threads that wait for each other on busy processors take ages.
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, database=None, **_SETTINGS)
 hypothesis.settings.register_profile("thorough", max_examples=2000, **_SETTINGS)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -34,6 +37,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_isa(request.param)
     yield request.param
     _C.set_cpu_isa(chosen)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test with one, two and three threads of torch's pool. All other tests have one, see below."""
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

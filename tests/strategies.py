@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import hypothesis
 import hypothesis.strategies as st
 import torch
 from torch import Tensor
@@ -33,6 +34,11 @@ BIASES = ("none", "bool", "bias", "bias_with_inf")
 # Around 4, 8 and 16 lanes, the 32 keys and 128 keys of dropout, and tiles of a few dozen rows.
 TOKENS = st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 31, 32, 33, 48, 63, 65, 97, 127, 130))
 CHANNELS = st.sampled_from((1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 64, 65, 80))
+
+
+def examples(count: int) -> hypothesis.settings:
+    """Settings of a test with another number of examples than the default's 40; profiles scale it."""
+    return hypothesis.settings(max_examples=count * hypothesis.settings.default.max_examples // 40)
 
 
 @dataclass

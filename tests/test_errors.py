@@ -10,6 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from strategies import examples
 from torch._subclasses import FakeTensorMode
 
 import x_rope_cls
@@ -192,7 +193,7 @@ def test_tables_missing_altogether_with_rotate():
 
 @pytest.mark.parametrize("name", OPERATORS)
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=300)
+@examples(300)
 def test_anything_wrong_is_refused_alike(name, data):
     """One or two arguments replaced by something of another shape, dtype or value."""
     arguments = OPERATORS[name][1]()

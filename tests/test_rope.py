@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 from cases import each_isa
-from strategies import DTYPES, LAYOUTS, Generator, RopeCase, lay_out, make_tables, rope_cases
+from strategies import DTYPES, LAYOUTS, Generator, RopeCase, examples, lay_out, make_tables, rope_cases
 from tolerance import assert_close
 
 from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, reference
@@ -27,7 +27,7 @@ def gradients(function, case: RopeCase, weight: torch.Tensor) -> dict[str, torch
 
 
 @hypothesis.given(case=rope_cases())
-@hypothesis.settings(max_examples=80)
+@examples(80)
 def test_random_cases(case):
     dtype = case.x.dtype
     eager = reference.rope(case.x, case.rotary, inverse=case.inverse)
@@ -89,7 +89,7 @@ def test_inverse_undoes_a_rotation(isa):
     torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)  # float32 tables: cos^2 + sin^2 is 1 to 1e-7
 
 
-def test_large_tensors_use_all_threads_and_agree(isa):
+def test_large_tensors_use_all_threads_and_agree(isa, threads):
     x = torch.randn(2, 8, 1025, 64)
     rotary = RotaryEmbedding(32)(1025, torch.arange(1025) > 0)
     torch.testing.assert_close(apply_rope(x, rotary), reference.rope(x, rotary))
