@@ -26,7 +26,7 @@ _SETTINGS = {
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("default", max_examples=40, derandomize=True, database=None, **_SETTINGS)
-hypothesis.settings.register_profile("thorough", max_examples=2000, **_SETTINGS)
+hypothesis.settings.register_profile("thorough", max_examples=800, **_SETTINGS)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

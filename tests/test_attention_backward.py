@@ -16,7 +16,7 @@ from x_rope_cls import LearnedRotaryEmbedding, Rotary, reference, rope_attention
 
 
 @hypothesis.given(case=attention_cases())
-@examples(120)
+@examples(600)
 def test_random_cases(case):
     check_backward(case)
 

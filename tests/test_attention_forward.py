@@ -56,7 +56,7 @@ def of_size(B: int, Hkv: int, N: int) -> AttentionCase:
 
 
 @hypothesis.given(case=attention_cases())
-@examples(120)
+@examples(600)
 def test_random_cases(case):
     check_forward(case)
 

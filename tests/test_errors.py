@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any
 
 import hypothesis
@@ -287,3 +288,19 @@ def test_unknown_names_of_the_package():
     with pytest.raises(AttributeError, match="module 'x_rope_cls' has no attribute 'Enkoder'"):
         _ = x_rope_cls.Enkoder
     assert "Encoder" in dir(x_rope_cls)
+
+
+def test_without_x_transformers(monkeypatch):
+    """The operators work; the parts for x-transformers say what is missing."""
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == "x_transformers" or name.startswith("x_rope_cls.xt")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "x_transformers", None)
+    monkeypatch.delattr(x_rope_cls, "xt", raising=False)
+    for name in ("Encoder", "swap_", "explain"):
+        with pytest.raises(ImportError, match=f"x_rope_cls.{name} needs x-transformers, which is not installed"):
+            getattr(x_rope_cls, name)
+    namespace: dict[str, Any] = {}
+    exec("from x_rope_cls import *", namespace)
+    assert "rope_attention" in namespace

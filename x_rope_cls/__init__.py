@@ -19,24 +19,21 @@ from .functional import apply_rope, rope_attention  # noqa: E402
 from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding  # noqa: E402
 
 if TYPE_CHECKING:
-    from .xt.encoder import Encoder
-    from .xt.explain import explain
-    from .xt.swap import swap_
+    from .xt.encoder import Encoder as Encoder
+    from .xt.explain import explain as explain
+    from .xt.swap import swap_ as swap_
 
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
     "AxialRotaryEmbedding",
-    "Encoder",
     "LearnedRotaryEmbedding",
     "Rotary",
     "RotaryEmbedding",
     "apply_rope",
-    "explain",
     "reference",
     "rope_attention",
-    "swap_",
-]
+]  # the lazy ones are left out, so that `from x_rope_cls import *` works without x-transformers
 
 _NEED_X_TRANSFORMERS = ("Encoder", "explain", "swap_")
 
@@ -55,4 +52,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_NEED_X_TRANSFORMERS})
