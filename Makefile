@@ -5,12 +5,14 @@
 #   make build     the native parts     make format    formats the sources
 #   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make test-next-torch  the binary built for one torch, tested on a later one
+#   make test-old-x-transformers  the adapter on the oldest x-transformers it supports
 
 PYTHON ?= python3
 VENV ?= .venv
 NEXT_VENV ?= .venv-next
 TORCH ?= torch==2.13.0
 NEXT_TORCH ?= torch==2.14.1
+OLD_X_TRANSFORMERS ?= x-transformers==2.11.23
 # Further options of pip, for example PIP_FLAGS="--extra-index-url URL" for an index with CPU builds of torch.
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
@@ -24,7 +26,7 @@ cpp_sources := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
 quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py)
 
-.PHONY: demo test build lint format sanitize test-next-torch clean
+.PHONY: demo test build lint format sanitize test-next-torch test-old-x-transformers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-build
@@ -102,6 +104,18 @@ test-next-torch: $(VENV)/.stamp-build $(NEXT_VENV)/.stamp-test
 	cd build && $(abspath $(next))/python -c \
 	    'import torch, x_rope_cls as x; print(torch.__version__, x.__file__); assert "site-packages" in x.__file__'
 	$(next)/pytest -m "not slow" $(PYTEST_FLAGS) $(quick_tests)
+
+# ---- the oldest x-transformers -------------------------------------------------------------------
+
+old := build/old-x-transformers
+
+$(VENV)/.stamp-old-x-transformers: Makefile $(VENV)/.stamp-test
+	rm -rf $(old)
+	$(pip) --no-deps --target $(old) $(OLD_X_TRANSFORMERS)
+	@touch $@
+
+test-old-x-transformers: $(VENV)/.stamp-old-x-transformers $(VENV)/.stamp-build
+	PYTHONPATH=$(old) $(bin)/python -m pytest $(PYTEST_FLAGS) $(wildcard tests/test_xt_*.py)
 
 clean:
 	rm -rf build dist $(VENV) $(NEXT_VENV) x_rope_cls/lib x_rope_cls/_C.*.so *.egg-info
