@@ -11,11 +11,13 @@ is k, in units of the dtype's last place. Loosening one needs a reason written h
   Rounding a larger score S moves its weight by S units, whatever one does; the operators round it once more than eager
   PyTorch (scale and log2 e are folded into q). A test with such scores multiplies k by S / 2^5.
 - bfloat16 and float16: inputs are the same, arithmetic is in float32, one final rounding to half a unit.
-- Gradients of attention (`GRADIENT_SLACK`), float32: they are sums of p (<v, grad_out> - <out, grad_out>), where each
+- Gradients of attention (`GRADIENT_SLACK`): they are sums of p (<v, grad_out> - <out, grad_out>), where each
   product reaches 20 and more for 80 value channels and the sum may be near 0.
 - The same in bfloat16 and float16: `out` was rounded to half a unit in each of up to 80 value channels before it was
   multiplied with grad_out, which adds up to a few units (4 is 2 sigma for values N(0, 1) and dropout 0.3). Eager
   PyTorch subtracts a sum of its own rounded terms: with one key exactly.
+- The gradient of a bias that is broadcast is a sum of so many (S) of these, often of sum 0 (a constant bias changes
+  nothing), and its error a random walk: k grows by sqrt(S) / 8.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ import torch
 from torch import Tensor
 
 SLACK = {torch.float64: 64.0, torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
-GRADIENT_SLACK = {**SLACK, torch.float32: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+GRADIENT_SLACK = {torch.float64: 256.0, torch.float32: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+
+
+def gradient_slack(dtype: torch.dtype, summands: float = 1) -> float:
+    """k for a gradient of attention that is the sum of so many independently rounded ones."""
+    return GRADIENT_SLACK[dtype] * max(1.0, summands**0.5 / 8)
 
 
 def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype, slack: float | None = None) -> float:
