@@ -88,7 +88,7 @@ static inline Splits take_splits(Arena& arena, const SplitSource& s) {
 }
 
 static inline void fill_splits(const Splits& splits, const SplitSource& s) {
-  const int64_t lists = splits.stride == 0 ? 1 : s.batch;
+  const int64_t lists = splits.stride == 0 ? min_of<int64_t>(s.batch, 1) : s.batch;
   for (int64_t b = 0; b < lists; ++b) {
     int32_t* index = splits.index + b * s.tokens;
     int64_t ordinary = 0;
