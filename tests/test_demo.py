@@ -99,12 +99,13 @@ def test_digits(tasks: dict[str, data.Task]) -> None:
     task = tasks["digits"]
     splits = (task.train, task.val, task.test)
     assert [len(split) for split in splits] == [1077, 360, 360]
-    assert all(split.x.shape[1:] == (64, 1) and split.mask is None for split in splits)
+    assert all(split.x.shape[1:] == (16, 4) and split.mask is None for split in splits)
     assert all(split.y.unique().tolist() == list(range(10)) for split in splits)
-    assert task.positions.shape == (64, 2)
-    assert task.positions[9].tolist() == [1, 1]
-    torch.testing.assert_close(task.train.x.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(task.train.x.std(), torch.tensor(1.0), atol=1e-5, rtol=0)
+    assert task.positions.shape == (16, 2)
+    assert task.positions[5].tolist() == [1, 1]
+    channels = task.train.x.flatten(0, 1)
+    torch.testing.assert_close(channels.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(channels.std(0), torch.ones(4), atol=1e-5, rtol=0)
 
 
 def test_japanese_vowels(tasks: dict[str, data.Task]) -> None:
@@ -132,10 +133,18 @@ def test_no_recording_is_in_two_splits(tasks: dict[str, data.Task], name: str) -
 def test_sheets_are_read_row_by_row(tasks: dict[str, data.Task]) -> None:
     split = tasks["digits"].train
     sheet = data.sheets(split, per_side=2, count=3)
-    assert sheet.x.shape == (3, 256, 1)
-    image = sheet.x[1].reshape(16, 16)
-    torch.testing.assert_close(image[:8, 8:], split.x[5].reshape(8, 8))
-    torch.testing.assert_close(image[8:, :8], split.x[6].reshape(8, 8))
+    assert sheet.x.shape == (3, 64, 4)
+    tokens = sheet.x[1].reshape(8, 8, 4)
+    torch.testing.assert_close(tokens[:4, 4:], split.x[5].reshape(4, 4, 4))
+    torch.testing.assert_close(tokens[4:, :4], split.x[6].reshape(4, 4, 4))
+
+
+def test_patches_are_cut_from_the_pictures() -> None:
+    pixels = torch.arange(64.0)[None]
+    patches = data._patches(pixels)
+    assert patches.shape == (1, 16, 4)
+    assert patches[0, 4 + 2].tolist() == [20, 21, 28, 29]  # second row of patches, third column
+    assert torch.equal(data.image(patches[0]), pixels.reshape(8, 8))
 
 
 @pytest.mark.parametrize("name", ["digits", "vowels"])
@@ -180,7 +189,7 @@ def test_cls_attention_is_that_of_the_cls_token(tasks: dict[str, data.Task]) -> 
     rotary = model.tables(model.token_positions(task.positions), SIZE)
     built = model.build("mask", task, SIZE, seed=0)
     weights = measure.cls_attention(built, "mask", task.test.rows(slice(1)), rotary, SIZE)
-    assert weights.shape == (64,)
+    assert weights.shape == (16,)
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
     assert weights.std() > 0
 
@@ -193,7 +202,7 @@ def test_comparison_says_when_a_difference_is_within_the_spread() -> None:
         results.compare(task([0.4, 0.6, 0.8]), "mask", "rotate")
         == "t: mask - rotate = +0.0 ± 10.0 points: within the spread"
     )
-    assert results.compare(task([0.6, 0.7, 0.9]), "mask", "rotate").endswith("beyond the spread")
+    assert results.compare(task([0.9, 1.0, 1.0]), "mask", "rotate").endswith("beyond the spread")
     single = results.TaskResults("t", "", (1, 1, 1), 1, 1, test={"rotate": [0.5], "mask": [0.6]})
     assert results.compare(single, "mask", "rotate").endswith("+10.0 points; one seed, so no spread to compare with")
 

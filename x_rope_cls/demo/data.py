@@ -1,7 +1,7 @@
 """Real data that ships inside installed packages: nothing is downloaded.
 
 - scikit-learn's digits: 1,797 handwritten digits of 8 x 8 pixels (UCI "Optical recognition of handwritten digits"),
-  read as sequences of 64 pixels with 2-D positions.
+  read as sequences of 16 patches of 2 x 2 pixels with 2-D positions.
 - aeon's JapaneseVowels: 640 recordings of 9 speakers saying "ae", 12 LPC cepstrum coefficients in 7 to 29 frames (Kudo,
   Toyama and Shimbo, "Multidimensional curve classification using passing-through regions", 1999), with 1-D positions.
 """
@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-DIGITS_GRID = (8, 8)
+DIGITS_GRID = (4, 4)  # of patches
+_PATCH = 2  # pixels along each side
 _SPLIT_SEED = 0  # the split is part of the task and the same for all seeds
 
 
@@ -90,18 +91,18 @@ def grid_positions(rows: int, columns: int) -> Tensor:
 
 
 def digits() -> Task:
-    """Digits as 64 pixels; 60 % for training, 20 % for validation, 20 % for the test, each with all classes."""
+    """Digits as 16 patches; 60 % for training, 20 % for validation, 20 % for the test, each with all classes."""
     pixels, labels = load_digits(return_X_y=True)
-    x = torch.as_tensor(pixels, dtype=torch.float32)[..., None]
+    x = _patches(torch.as_tensor(pixels, dtype=torch.float32))
     y = torch.as_tensor(labels, dtype=torch.int64)
     rest, test = _stratified(y, torch.arange(len(y)), 0.2)
     train, val = _stratified(y, rest, 0.25)
     return _task(
         "digits",
-        "scikit-learn digits, 64 pixels, 2-D positions",
+        "scikit-learn digits, 16 patches of 2 x 2 pixels, 2-D positions",
         10,
         grid_positions(*DIGITS_GRID),
-        20,
+        30,
         *(Split(x[i], y[i]) for i in (train, val, test)),
     )
 
@@ -118,7 +119,7 @@ def japanese_vowels() -> Task:
         f"aeon JapaneseVowels, up to {longest} frames, 1-D positions, key masks",
         9,
         torch.arange(longest, dtype=torch.float32)[:, None],
-        40,
+        30,
         known.rows(train),
         known.rows(val),
         test,
@@ -126,12 +127,25 @@ def japanese_vowels() -> Task:
 
 
 def sheets(split: Split, per_side: int, count: int) -> Split:
-    """Sheets of per_side x per_side digits, read pixel by pixel: long sequences for timing, with meaningless labels."""
+    """Sheets of per_side x per_side digits, read patch by patch: long sequences for timing, with meaningless labels."""
     rows, columns = DIGITS_GRID
     used = split.x[: count * per_side**2]
-    tiles = used.reshape(-1, per_side, per_side, rows, columns)
-    pixels = tiles.transpose(2, 3).reshape(len(tiles), per_side * rows * per_side * columns, 1)
-    return Split(pixels, split.y[: len(tiles)])
+    tiles = used.reshape(-1, per_side, per_side, rows, columns, used.shape[-1])
+    tokens = tiles.transpose(2, 3).reshape(len(tiles), per_side * rows * per_side * columns, used.shape[-1])
+    return Split(tokens, split.y[: len(tiles)])
+
+
+def image(patches: Tensor) -> Tensor:
+    """The picture (8, 8) that patches (16, 4) are of."""
+    rows, columns = DIGITS_GRID
+    return patches.reshape(rows, columns, _PATCH, _PATCH).transpose(1, 2).reshape(rows * _PATCH, columns * _PATCH)
+
+
+def _patches(pixels: Tensor) -> Tensor:
+    """From pictures (pictures, 64), row by row, to (pictures, 16, 4)."""
+    rows, columns = DIGITS_GRID
+    split = pixels.reshape(-1, rows, _PATCH, columns, _PATCH)
+    return split.transpose(2, 3).reshape(-1, rows * columns, _PATCH * _PATCH)
 
 
 def _padded(series: Any, labels: Any, longest: int) -> Split:

@@ -21,7 +21,7 @@ from x_rope_cls import explain
 from x_rope_cls._info import machine_lines
 
 from . import Options, measure
-from .data import DIGITS_GRID, Task, load_tasks
+from .data import DIGITS_GRID, Task, image, load_tasks
 from .model import NUM_SPECIAL, VARIANTS, Size, build, tables, token_positions
 from .plot import draw
 from .report import make_console, print_report
@@ -97,10 +97,10 @@ def run_demo(options: Options) -> Path:
 def _make_plan(options: Options, tasks: list[Task]) -> _Plan:
     quick = options.quick
     return _Plan(
-        seeds=options.seeds or (2 if quick else 3),
+        seeds=options.seeds or (2 if quick else 5),
         epochs=[options.epochs or (1 if quick else task.epochs) for task in tasks],
         rounds=2 if quick else 20,
-        sheet_side=2 if quick else 4,
+        sheet_side=4 if quick else 8,
         shifts=[0, 8] if quick else [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32],
         compared=4 if quick else 16,
     )
@@ -124,12 +124,14 @@ def _train_all(
             progress.update(bar, description=f"{task.name}: {variant}, seed {seed + 1} of {plan.seeds}")
             model = build(variant, task, size, seed)
             result = train(model, task, rotary, found.epochs, seed, lambda: progress.advance(bar))
+            if not progress.console.is_terminal:  # no bar is to be seen there
+                progress.console.print(f"{task.name}: {variant}, seed {seed + 1} of {plan.seeds} done")
             first.setdefault(variant, result)
             found.test.setdefault(variant, []).append(result.test_accuracy)
             found.val.setdefault(variant, []).append(result.val_accuracy)
             found.best_epochs.setdefault(variant, []).append(result.epoch)
             found.moved.setdefault(variant, []).append(measure.moved(model, task, size, shift=8))
-            by_shift = measure.accuracy_by_shift(model, task, size, plan.shifts)
+            by_shift = measure.moved_by_shift(model, task, size, plan.shifts)
             found.by_shift.setdefault(variant, []).append(by_shift)
     return first
 
@@ -143,9 +145,9 @@ def _measure_task(task: Task, size: Size, plan: _Plan, trained: dict[str, Result
 
 
 def _draw_attention(task: Task, size: Size, trained: dict[str, Result], results: Results) -> None:
-    """Attention of the CLS token over the first test digit, with its pixels where they were and moved."""
+    """Attention of the CLS token over the first test digit, with its patches where they were and moved."""
     recording = task.test.rows(slice(1))
-    results.image = recording.x.reshape(DIGITS_GRID)
+    results.image = image(recording.x[0])
     for variant in _MAP_VARIANTS:
         for shift in _MAP_SHIFTS:
             rotary = tables(token_positions(task.positions, shift), size)

@@ -51,7 +51,7 @@ def workloads(tasks: list[Task], size: Size, sheet_side: int) -> list[tuple[str,
         tokens = batch.x.shape[1] + NUM_SPECIAL
         found.append((f"{task.name}, {len(batch)} x {tokens}", task, batch, task.positions))
     digits = tasks[0]
-    batch = sheets(digits.train, sheet_side, 4)
+    batch = sheets(digits.train, sheet_side, 2)
     positions = grid_positions(*(sheet_side * cells for cells in DIGITS_GRID))
     name = f"sheets, {len(batch)} x {len(positions) + NUM_SPECIAL}"
     return [*found, (name, digits, batch, positions)]
@@ -222,26 +222,29 @@ class Moved:
 
 def moved(model: Classifier, task: Task, size: Size, shift: float) -> list[Moved]:
     """Moves ordinary tokens, all tokens, and (for control) gives the tokens each other's positions."""
-    start = token_positions(task.positions)
     order = torch.randperm(len(task.positions), generator=torch.Generator().manual_seed(0))
     changes = {
         f"tokens moved by {shift:g}": token_positions(task.positions, shift),
         "CLS and memory too": token_positions(task.positions, shift, shift),
         "positions shuffled": token_positions(task.positions[order]),
     }
-    before = logits(model, task.test, tables(start, size))
+    return _compare_positions(model, task, size, changes)
+
+
+def moved_by_shift(model: Classifier, task: Task, size: Size, shifts: list[int]) -> list[Moved]:
+    """Moves all ordinary tokens away from the special ones by each number of positions."""
+    changes = {f"tokens moved by {shift}": token_positions(task.positions, shift) for shift in shifts}
+    return _compare_positions(model, task, size, changes)
+
+
+def _compare_positions(model: Classifier, task: Task, size: Size, changes: dict[str, Tensor]) -> list[Moved]:
+    before = logits(model, task.test, tables(token_positions(task.positions), size))
     rows = []
     for name, positions in changes.items():
         after = logits(model, task.test, tables(positions, size))
         change = ((after - before).abs().max() / before.std()).item()
         rows.append(Moved(name, change, accuracy(after, task.test.y)))
     return rows
-
-
-def accuracy_by_shift(model: Classifier, task: Task, size: Size, shifts: list[int]) -> list[float]:
-    """Test accuracy with all ordinary tokens moved away from the special ones by each number of positions."""
-    found = [logits(model, task.test, tables(token_positions(task.positions, s), size)) for s in shifts]
-    return [accuracy(each, task.test.y) for each in found]
 
 
 def parity(model: Classifier, task: Task, size: Size) -> float:

@@ -106,7 +106,7 @@ def token_positions(task_positions: Tensor, shift: float = 0, special_shift: flo
     """Positions of [memory, CLS, tokens].
 
     In a sequence, as x-transformers counts: special tokens are at 0 to 4, the first frame at 5. In an image likewise:
-    special tokens take the beginning of row 0, pixels start at row 1. Only ``cls_rope="rotate"`` uses positions of
+    special tokens take the beginning of row 0, patches start at row 1. Only ``cls_rope="rotate"`` uses positions of
     special tokens; ordinary tokens have the same ones in all modes.
 
     Args:
@@ -129,7 +129,7 @@ def tables(positions: Tensor, size: Size) -> Rotary:
     if positions.shape[-1] == 1:
         rotary: Rotary = RotaryEmbedding(size.dim_head)(positions[:, 0])
     else:
-        # Base 100: the slowest channels still turn by a third of a radian across eight pixels.
+        # Base 100: the slowest channels still turn by a few degrees from patch to patch.
         rotary = AxialRotaryEmbedding(size.dim_head, base=100)(positions)
     return rotary
 

@@ -21,14 +21,14 @@ _OTHER = ("#777777", "^")
 def draw(results: Results, path: Path) -> None:
     """Draws accuracy, times, and what moving the tokens does to accuracy and to the attention of the CLS token."""
     with mpl.rc_context({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12.5, 8.6), layout="constrained")
+        figure = Figure(figsize=(12.5, 8.3), layout="constrained")
         parts: Any = figure.subfigures(2, 1, height_ratios=(2.2, 1), hspace=0.03)
         top, bottom = parts
         grid = top.add_gridspec(2, 2, width_ratios=(1, 1.15))
         _draw_accuracy(top.add_subplot(grid[0, 0]), results)
         _draw_times(top.add_subplot(grid[1, 0]), results.timings)
-        for index, task in enumerate(results.tasks[:2]):
-            _draw_shifts(top.add_subplot(grid[index, 1]), task)
+        _draw_accuracy_by_shift(top.add_subplot(grid[0, 1]), results.tasks[0])
+        _draw_change_by_shift(top.add_subplot(grid[1, 1]), results.tasks[1])
         _draw_maps(bottom, results)
         handles = [_handle(variant) for variant in VARIANTS]
         top.legend(handles=handles, loc="outside upper center", ncols=len(handles), title="cls_rope", frameon=False)
@@ -51,7 +51,7 @@ def _offsets(count: int, step: float) -> list[float]:
 def _draw_accuracy(axes: Any, results: Results) -> None:
     variants = list(VARIANTS)
     for place, task in enumerate(results.tasks):
-        for variant, offset in zip(variants, _offsets(len(variants), 0.22), strict=True):
+        for variant, offset in zip(variants, _offsets(len(variants), 0.3), strict=True):
             colour, marker = _style(variant)
             values = [100 * value for value in task.test[variant]]
             mean, sd = mean_sd(values)
@@ -92,20 +92,35 @@ def _draw_times(axes: Any, timings: list[Timing]) -> None:
     axes.grid(axis="x", alpha=0.3)
 
 
-def _draw_shifts(axes: Any, task: TaskResults) -> None:
+def _draw_accuracy_by_shift(axes: Any, task: TaskResults) -> None:
     for variant, seeds in task.by_shift.items():
         colour, marker = _style(variant)
-        by_shift = [mean_sd([100 * value for value in values]) for values in zip(*seeds, strict=True)]
-        means = [mean for mean, _ in by_shift]
-        axes.plot(task.shifts, means, color=colour, marker=marker, markersize=4, label=variant)
+        by_shift = [mean_sd([100 * row.accuracy for row in rows]) for rows in zip(*seeds, strict=True)]
+        axes.plot(task.shifts, [mean for mean, _ in by_shift], color=colour, marker=marker, markersize=4)
         low = [mean - sd if sd == sd else mean for mean, sd in by_shift]
         high = [mean + sd if sd == sd else mean for mean, sd in by_shift]
         axes.fill_between(task.shifts, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.set_ylabel("test accuracy, %")
-    unit = "rows and columns" if task.name == "digits" else "frames"
-    axes.set_xlabel(f"positions of all tokens but CLS and memory moved by, {unit}")
-    axes.set_title(f"{task.name}: trained at 0, tested elsewhere", loc="left")
+    axes.set_xlabel("positions of all tokens but CLS and memory moved by, rows and columns of patches")
+    axes.set_title(f"{task.name}: accuracy where positions are not those of training", loc="left")
     axes.set_ylim(0, 103)
+    axes.grid(alpha=0.3)
+
+
+def _draw_change_by_shift(axes: Any, task: TaskResults) -> None:
+    moved = [index for index, shift in enumerate(task.shifts) if shift]
+    shifts = [task.shifts[index] for index in moved]
+    for variant, seeds in task.by_shift.items():
+        colour, marker = _style(variant)
+        changes = [[max(rows[index].logits, 1e-8) for index in moved] for rows in seeds]
+        for each in changes:
+            axes.plot(shifts, each, color=colour, alpha=0.25, linewidth=1)
+        medians = [quartiles(list(at_shift))[1] for at_shift in zip(*changes, strict=True)]
+        axes.plot(shifts, medians, color=colour, marker=marker, markersize=4)
+    axes.set_yscale("log")
+    axes.set_ylabel("largest change of a logit,\nstandard deviations")
+    axes.set_xlabel("positions of all tokens but CLS and memory moved by, frames")
+    axes.set_title(f"{task.name}: how much the outputs change, each seed and median", loc="left")
     axes.grid(alpha=0.3)
 
 
@@ -119,7 +134,7 @@ def _draw_maps(figure: Any, results: Results) -> None:
         limit = max(m.weights.max().item() for m in results.maps if m.variant == each.variant)
         _show(panel, each.weights.tolist(), "magma", _map_title(each, start), _style(each.variant)[0], limit)
     figure.suptitle(
-        "Attention of CLS over the pixels in the last layer, their positions moved by s (below: how much of it moved)",
+        "Attention of CLS over the patches in the last layer, positions moved by s (in %: how much attention moved)",
         fontsize=10,
         x=0.01,
         ha="left",

@@ -63,7 +63,8 @@ def _print_accuracy(console: Console, results: Results) -> None:
     console.print(table)
     console.print(
         "Same initial weights, batches and number of steps for every cls_rope; the epoch with the lowest validation "
-        "loss is tested. Test accuracies paired by seed, mean ± standard deviation of the differences:"
+        "loss is tested. Test accuracies paired by seed, mean ± standard deviation of the differences; within the "
+        "spread: not above the largest of three standard deviations, that of the differences and of both accuracies:"
     )
     for task in results.tasks:
         for variant in list(task.test)[1:]:

@@ -27,7 +27,7 @@ class TaskResults:
         best_epochs: the epochs whose weights were tested.
         moved: what other positions do, by change.
         shifts: how far tokens were moved for ``by_shift``.
-        by_shift: test accuracy at each shift.
+        by_shift: what tokens moved by each of ``shifts`` do.
         agreement: with the float64 reference.
         parity: largest difference of a logit from x_transformers.Encoder with the weights of ``rotate``.
     """
@@ -42,7 +42,7 @@ class TaskResults:
     best_epochs: dict[str, list[int]] = field(default_factory=dict)
     moved: dict[str, list[list[Moved]]] = field(default_factory=dict)
     shifts: list[int] = field(default_factory=list)
-    by_shift: dict[str, list[list[float]]] = field(default_factory=dict)
+    by_shift: dict[str, list[list[Moved]]] = field(default_factory=dict)
     agreement: list[Agreement] = field(default_factory=list)
     parity: float = float("nan")
 
@@ -97,11 +97,16 @@ def mean_sd(values: list[float]) -> tuple[float, float]:
 
 
 def compare(task: TaskResults, variant: str, with_variant: str) -> str:
-    """A sentence on the difference of two variants' test accuracies, paired by seed."""
+    """A sentence on the difference of two variants' test accuracies, paired by seed.
+
+    It is within the spread if it is not above the largest of the standard deviations, over seeds, of itself and of both
+    variants.
+    """
     pairs = zip(task.test[variant], task.test[with_variant], strict=True)
     mean, sd = mean_sd([100 * (a - b) for a, b in pairs])
     lead = f"{task.name}: {variant} - {with_variant} = {mean:+.1f}"
     if sd != sd:
         return f"{lead} points; one seed, so no spread to compare with"
-    verdict = "within the spread" if abs(mean) <= sd else "beyond the spread"
+    spread = max(sd, *(100 * mean_sd(task.test[each])[1] for each in (variant, with_variant)))
+    verdict = "within the spread" if abs(mean) <= spread else "beyond the spread"
     return f"{lead} ± {sd:.1f} points: {verdict}"
