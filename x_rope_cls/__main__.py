@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "train small x-transformers encoders on real data under every cls_rope, time and check them"
     run = commands.add_parser("demo", help=text, description=text)
     run.add_argument("--quick", action="store_true", help="a few seconds in all, to see that everything works")
-    run.add_argument("--seeds", type=_positive, metavar="N", help="initialisations and orders of the data (default 5)")
+    run.add_argument("--seeds", type=_positive, metavar="N", help="initialisations and orders of the data (default 3)")
     run.add_argument(
         "--epochs", type=_positive, metavar="N", help="passes over the training data (default: by data set)"
     )

@@ -102,7 +102,7 @@ def digits() -> Task:
         "scikit-learn digits, 16 patches of 2 x 2 pixels, 2-D positions",
         10,
         grid_positions(*DIGITS_GRID),
-        30,
+        24,
         *(Split(x[i], y[i]) for i in (train, val, test)),
     )
 
@@ -119,7 +119,7 @@ def japanese_vowels() -> Task:
         f"aeon JapaneseVowels, up to {longest} frames, 1-D positions, key masks",
         9,
         torch.arange(longest, dtype=torch.float32)[:, None],
-        30,
+        24,
         known.rows(train),
         known.rows(val),
         test,
