@@ -126,7 +126,7 @@ def _notes(name: str, encoder: AttentionLayers) -> list[str]:
     bias = next((b for b in (encoder.rel_pos, encoder.layers) if _is_bias(b)), None)
     if bias is not None and encoder.cls_rope != "rotate":
         notes.append(f"{where}: position biases still see tokens without a position; cls_rope is about rotation only")
-    notes.append(f"{where}: calls that pass prev_attn, attn_delta or causal=True take the composite path")
+    notes.append(f"{where}: calls with prev_attn, attn_delta, causal=True or under torch.func take the composite path")
     return notes
 
 
