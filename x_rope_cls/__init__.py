@@ -1,8 +1,9 @@
 """Rotary position embeddings for encoders whose CLS, memory and register tokens have no position.
 
-Operators (:func:`apply_rope`, :func:`rope_attention`), the tables they take (:class:`Rotary` and the embeddings that
-make them), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers (:class:`Encoder`,
-:func:`swap_`, :func:`explain`), which are imported when first used and need x-transformers installed.
+Operators (:func:`apply_rope`, :func:`rope_attention`, :func:`late_cls_pool`), the tables they take (:class:`Rotary` and
+the embeddings that make them), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers
+(:class:`Encoder`, :func:`swap_`, :func:`explain`), which are imported when first used and need x-transformers
+installed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from . import _library
 _library.load()
 
 from . import _C, reference  # noqa: E402  (the operators must be there)
-from .functional import apply_rope, rope_attention  # noqa: E402
+from .functional import apply_rope, late_cls_pool, rope_attention  # noqa: E402
 from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding  # noqa: E402
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ __all__ = [
     "Rotary",
     "RotaryEmbedding",
     "apply_rope",
+    "late_cls_pool",
     "reference",
     "rope_attention",
 ]  # the lazy ones are left out, so that `from x_rope_cls import *` works without x-transformers

@@ -44,6 +44,19 @@ class AttentionArguments(NamedTuple):
     dropout_p: float
 
 
+class PoolArguments(NamedTuple):
+    """Arguments of late_cls_pool that can be wrong."""
+
+    x: Tensor
+    query: Tensor
+    key_mask: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    scale: float
+    norm: int
+    norm_eps: float
+
+
 class AttentionGradients(NamedTuple):
     """What rope_attention_backward takes on top."""
 
@@ -100,6 +113,50 @@ def check_attention_backward(a: AttentionArguments, g: AttentionGradients) -> No
         _refuse(op, "attn_mask", "floating where need_bias_grad is set", got)
     if g.need_table_grad and a.cos_q is None:
         _refuse(op, "cos_q", "given where need_table_grad is set", "None")
+
+
+def check_pool(op: str, a: PoolArguments) -> None:
+    """Refuses what the operator late_cls_pool refuses."""
+    if a.x.dim() != 3:
+        _refuse(op, "x", "of shape (batch, tokens, channels)", _shape_text(a.x.shape))
+    if a.x.dtype not in _FLOATING:
+        _refuse(op, "x", _FLOATING_TEXT, _dtype_text(a.x.dtype))
+    batch, tokens, channels = a.x.shape
+    if isinstance(tokens, int) and tokens > _MOST_TOKENS:
+        _refuse(op, "x", f"of at most {_MOST_TOKENS} tokens", str(tokens))
+    if channels < 1:
+        _refuse(op, "channels of x", "at least 1", str(channels))
+    _check_dtype(op, "query", a.query, a.x.dtype)
+    _check_device(op, "query", a.query, a.x)
+    fits = a.query.dim() == 4 and a.query.shape[3] == channels
+    if not fits or (a.query.shape[0] != 1 and a.query.shape[0] != batch):
+        expected = f"of shape (batch, heads, queries, channels) with batch {batch} or 1 and {channels} channels"
+        _refuse(op, "query", expected, _shape_text(a.query.shape))
+    if a.key_mask is not None:
+        _check_like(op, "key_mask", a.key_mask, torch.bool, a.x, (batch, tokens))
+    for what, t in (("norm_weight", a.norm_weight), ("norm_bias", a.norm_bias)):
+        if t is not None:
+            if a.norm == 0:
+                _refuse(op, what, "None where norm is 0", "a tensor")
+            _check_like(op, what, t, compute_dtype(a.x), a.x, (channels,))
+    if a.norm not in (0, 1, 2):
+        _refuse(op, "norm", "0, 1 or 2", str(a.norm))
+    if isinstance(a.scale, float) and not math.isfinite(a.scale):
+        _refuse(op, "scale", "finite", f"{a.scale:g}")
+    if not 0 <= a.norm_eps < math.inf:
+        _refuse(op, "norm_eps", "finite and at least 0", f"{a.norm_eps:g}")
+
+
+def check_pool_backward(a: PoolArguments, grad: Tensor, grad_lse: Tensor | None, pooled: Tensor, lse: Tensor) -> None:
+    """Refuses what the operator late_cls_pool_backward refuses."""
+    op = "late_cls_pool_backward"
+    check_pool(op, a)
+    shape = (a.x.shape[0], *a.query.shape[1:])
+    _check_like(op, "grad", grad, a.x.dtype, a.x, shape)
+    if grad_lse is not None:
+        _check_like(op, "grad_lse", grad_lse, compute_dtype(a.x), a.x, shape[:3])
+    _check_like(op, "pooled", pooled, a.x.dtype, a.x, shape)
+    _check_like(op, "lse", lse, compute_dtype(a.x), a.x, shape[:3])
 
 
 def _refuse(op: str, what: str, expected: str, got: str) -> NoReturn:

@@ -11,7 +11,9 @@ from . import ops
 from .tables import Rotary
 
 ClsRope = Literal["rotate", "skip", "mask"]
+PoolNorm = Literal["layer", "rms"]
 
+_POOL_NORM = {None: 0, "layer": 1, "rms": 2}
 _CLS_ROPE = {"rotate": 0, "skip": 1, "mask": 2}
 
 
@@ -139,6 +141,83 @@ def rope_attention(
         q, k, v, *tables, *rotate, attn_mask, key_mask, seed, mode, interleaved, scale, dropout_p
     )
     return (out, lse) if return_lse else out
+
+
+@overload
+def late_cls_pool(
+    x: Tensor,
+    query: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor: ...
+@overload
+def late_cls_pool(
+    x: Tensor,
+    query: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]: ...
+def late_cls_pool(
+    x: Tensor,
+    query: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few queries whose keys and values are the token states themselves: ``softmax(scale q x^T) x``.
+
+    For few queries, ``q . (W_k x_n) = (W_k^T q) . x_n`` and ``sum p_n W_v x_n = W_v sum p_n x_n``: with W_k folded into
+    the query and W_v applied behind the sum, attention reads each token state once and never forms keys or values.
+    Nothing of size queries * tokens is stored. Under autocast x and query are cast. Gradients: once, for x, query,
+    norm_weight and norm_bias.
+
+    Args:
+        x: (batch, tokens, channels), float32, float64, bfloat16 or float16, any strides.
+        query: (batch or 1, heads, queries, channels), dtype of x; a batch of 1 is shared by the whole batch.
+        key_mask: bool (batch, tokens), True: attend. Masked tokens are not read; their values never matter.
+        scale: factor of the scores; default 1, because it belongs to the projections folded into the query.
+        return_lse: also return the natural logarithm of the softmax denominators; it is differentiable.
+        norm: normalises tokens over their channels as they are read, exactly as a layer in front would: "layer"
+            (layer norm), "rms" (root mean square norm) or None.
+        norm_weight: (channels,), floating, factor after the normalisation; None: 1.
+        norm_bias: (channels,), floating, added after the normalisation; None: 0.
+        norm_eps: added to the variance ("layer") or the mean square ("rms").
+
+    Returns:
+        pooled (batch, heads, queries, channels), dtype of x, contiguous, and, if wanted, lse (batch, heads, queries),
+        float32 (float64 for float64). A query without any token to attend to gets pooled 0, gradient 0 and lse -inf.
+
+    Raises:
+        ValueError: norm is unknown.
+        RuntimeError: from the operator, on shapes or dtypes that do not fit; it says what was expected and what came.
+    """
+    code = _POOL_NORM.get(norm)
+    if code is None:
+        raise ValueError(f"late_cls_pool: norm must be 'layer', 'rms' or None, got {norm!r}")
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight, bias = (t if t is None or t.dtype == compute else t.to(compute) for t in (norm_weight, norm_bias))
+    pooled: Tensor
+    lse: Tensor
+    factor = 1.0 if scale is None else scale
+    pooled, lse = ops.late_cls_pool(x, query, key_mask, weight, bias, factor, code, norm_eps)
+    return (pooled, lse) if return_lse else pooled
 
 
 def _check_rotary(owner: str, what: str, rotary: Rotary) -> None:

@@ -19,6 +19,8 @@ rope = torch.ops.x_rope_cls.rope.default
 rope_table_grad = torch.ops.x_rope_cls.rope_table_grad.default
 rope_attention = torch.ops.x_rope_cls.rope_attention.default
 rope_attention_backward = torch.ops.x_rope_cls.rope_attention_backward.default
+late_cls_pool = torch.ops.x_rope_cls.late_cls_pool.default
+late_cls_pool_backward = torch.ops.x_rope_cls.late_cls_pool_backward.default
 
 _library = torch.library.Library("x_rope_cls", "IMPL")  # registrations live as long as this object
 
@@ -224,23 +226,114 @@ _register_autograd(rope_attention, _Attention)
 _register_autograd(rope_attention_backward, _AttentionBackward)
 
 
-def _register_attention_autocast(device: str, key: str) -> None:
-    """Casts q, k and v, as scaled_dot_product_attention does; tables and bias keep their precision."""
+# late_cls_pool
+
+
+@torch.library.register_fake("x_rope_cls::late_cls_pool")
+def _pool_fake(
+    x: Tensor,
+    query: Tensor,
+    key_mask: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: float,
+    norm: int,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor]:
+    args = checks.PoolArguments(x, query, key_mask, norm_weight, norm_bias, scale, norm, norm_eps)
+    checks.check_pool("late_cls_pool", args)
+    shape = (x.shape[0], *query.shape[1:])
+    return x.new_empty(shape), x.new_empty(shape[:3], dtype=checks.compute_dtype(x))
+
+
+@torch.library.register_fake("x_rope_cls::late_cls_pool_backward")
+def _pool_backward_fake(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    x: Tensor,
+    query: Tensor,
+    pooled: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: float,
+    norm: int,
+    norm_eps: float,
+    need_x_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = checks.PoolArguments(x, query, key_mask, norm_weight, norm_bias, scale, norm, norm_eps)
+    checks.check_pool_backward(args, grad, grad_lse, pooled, lse)
+
+    def like(t: Tensor | None) -> Tensor:
+        return x.new_empty((0,) if t is None else t.shape, dtype=checks.compute_dtype(x))
+
+    dx = x.new_empty(x.shape if need_x_grad else (0,))
+    return dx, query.new_empty(query.shape), like(norm_weight), like(norm_bias)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        pooled, lse = _below_autograd(late_cls_pool, keyset, args)
+        x, query, key_mask, norm_weight, norm_bias, *ctx.options = args
+        ctx.save_for_backward(x, query, pooled, lse, key_mask, norm_weight, norm_bias)
+        ctx.set_materialize_grads(False)
+        return pooled, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> _Grads:
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        if grad is None:
+            grad = torch.zeros_like(saved[2])
+        dx, dquery, dweight, dbias = late_cls_pool_backward(grad, grad_lse, *saved, *ctx.options, needs[0])
+        wanted = (needs[0], needs[1], needs[3], needs[4])
+        dx, dquery, dweight, dbias = (
+            gradient if needed else None for gradient, needed in zip((dx, dquery, dweight, dbias), wanted, strict=True)
+        )
+        return None, dx, dquery, None, dweight, dbias, None, None, None
+
+
+class _PoolBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        gradients: tuple[Tensor, ...] = _below_autograd(late_cls_pool_backward, keyset, args)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> _Grads:
+        raise RuntimeError(
+            "late_cls_pool: order of differentiation must be at most 1, got 2; "
+            "x_rope_cls.reference.late_cls_pool can be differentiated any number of times"
+        )
+
+
+_register_autograd(late_cls_pool, _Pool)
+_register_autograd(late_cls_pool_backward, _PoolBackward)
+
+
+# autocast
+
+
+def _register_autocast(op: Any, count: int, device: str, key: str) -> None:
+    """Casts the first ``count`` arguments, as scaled_dot_product_attention does; tables, biases and norms are not."""
     below = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    def kernel(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(below):
-            return rope_attention(cast(q, dtype), cast(k, dtype), cast(v, dtype), *rest)
+            return op(*(cast(t, dtype) for t in args[:count]), *args[count:])
 
-    _library.impl("rope_attention", attention, key)
+    _library.impl(op, kernel, key)
 
 
-_register_attention_autocast("cpu", "AutocastCPU")
-_register_attention_autocast("cuda", "AutocastCUDA")
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _register_autocast(rope_attention, 3, _device, _key)
+    _register_autocast(late_cls_pool, 2, _device, _key)
 
 
 def _tokens_outside_heads(like: Tensor, channels: int) -> Tensor:

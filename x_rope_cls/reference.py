@@ -15,6 +15,7 @@ from torch import Tensor
 from .tables import Rotary
 
 ClsRope = Literal["rotate", "skip", "mask"]
+PoolNorm = Literal["layer", "rms"]
 
 _UINT32 = 0xFFFFFFFF
 _PHILOX_ROUNDS = 7
@@ -147,15 +148,37 @@ def late_cls_pool(
     key_mask: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor: ...
 @overload
 def late_cls_pool(
-    x: Tensor, query: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None, return_lse: Literal[True]
+    x: Tensor,
+    query: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]: ...
 def late_cls_pool(
-    x: Tensor, query: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None, return_lse: bool = False
+    x: Tensor,
+    query: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    norm: PoolNorm | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention whose keys and values are the token states themselves.
+    """Attention whose keys and values are the token states; the arguments of :func:`x_rope_cls.late_cls_pool`.
 
     Args:
         x: (batch, tokens, channels), floating.
@@ -163,12 +186,18 @@ def late_cls_pool(
         key_mask: bool (batch, tokens), True: attend. Values of x at masked tokens never matter, NaN included.
         scale: factor of the scores; default 1, because it belongs to the folded projections.
         return_lse: also return the natural logarithm of the softmax denominators.
+        norm: how tokens are normalised over their channels before they are keys and values: "layer", "rms" or not.
+        norm_weight: (channels,), factor after the normalisation.
+        norm_bias: (channels,), added after the normalisation.
+        norm_eps: added to the variance ("layer") or the mean square ("rms").
 
     Returns:
-        (batch, heads, queries, channels) and, if wanted, lse (batch, heads, queries), float32 at least.
+        (batch, heads, queries, channels) and, if wanted, lse (batch, heads, queries), float32 at least. A query
+        without any token to attend to gets output 0, gradient 0 and lse -inf.
     """
     if key_mask is not None:
         x = torch.where(key_mask[:, :, None], x, 0)
+    x = _normalise(x, norm, norm_weight, norm_bias, norm_eps)
     scores = query @ x[:, None].mT * (1.0 if scale is None else scale)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
@@ -254,6 +283,24 @@ def _scores(q: Tensor, k: Tensor, rotary_q: Rotary | None, rotary_k: Rotary | No
     has_k = torch.ones(1, 1, dtype=torch.bool) if rotary_k.rotate is None else _per_batch(rotary_k.rotate)
     both = has_q.to(q.device)[:, None, :, None] & has_k.to(q.device)[:, None, None, :]
     return torch.where(both, rotated, dot(q, k))
+
+
+def _normalise(x: Tensor, norm: PoolNorm | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Normalises x over its last axis; statistics in float32 at least, the result in the dtype of x."""
+    if norm is None:
+        return x
+    if norm not in ("layer", "rms"):
+        raise ValueError(f"late_cls_pool: norm must be 'layer', 'rms' or None, got {norm!r}")
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    states = x.to(compute)
+    if norm == "layer":
+        states = states - states.mean(dim=-1, keepdim=True)
+    states = states * (states.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        states = states * weight.to(compute)
+    if bias is not None:
+        states = states + bias.to(compute)
+    return states.to(x.dtype)
 
 
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:

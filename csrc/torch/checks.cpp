@@ -96,11 +96,15 @@ void check_dtype(const std::string& op, const std::string& what, const Tensor& t
   }
 }
 
+void check_token_count(const std::string& op, const std::string& what, int64_t tokens) {
+  if (tokens > kMostTokens) {
+    refuse(op, what, "of at most " + text(kMostTokens) + " tokens", text(tokens));
+  }
+}
+
 void check_four_axes(const std::string& op, const std::string& what, const Tensor& t) {
   if (t.dim() != 4) refuse(op, what, "of shape (batch, heads, tokens, head_dim)", shape_text(t));
-  if (t.size(2) > kMostTokens) {
-    refuse(op, what, "of at most " + text(kMostTokens) + " tokens", text(t.size(2)));
-  }
+  check_token_count(op, what, t.size(2));
 }
 
 void check_values(const std::string& op, const std::string& what, const Tensor& t) {
@@ -281,6 +285,52 @@ void check_attention_backward(const AttentionArguments& a, const AttentionGradie
   if (g.need_table_grad && !a.cos_q) {
     refuse(op, "cos_q", "given where need_table_grad is set", "None");
   }
+}
+
+void check_pool(const std::string& op, const PoolArguments& a) {
+  if (a.x.dim() != 3) refuse(op, "x", "of shape (batch, tokens, channels)", shape_text(a.x));
+  if (!is_floating(a.x)) refuse(op, "x", kFloating, dtype_text(a.x.scalar_type()));
+  const int64_t batch = a.x.size(0);
+  const int64_t channels = a.x.size(2);
+  check_token_count(op, "x", a.x.size(1));
+  if (channels < 1) refuse(op, "channels of x", "at least 1", text(channels));
+  check_dtype(op, "query", a.query, a.x.scalar_type());
+  check_device(op, "query", a.query, a.x);
+  const bool fits = a.query.dim() == 4 && a.query.size(3) == channels &&
+                    (a.query.size(0) == 1 || a.query.size(0) == batch);
+  if (!fits) {
+    refuse(op, "query",
+           "of shape (batch, heads, queries, channels) with batch " + text(batch) + " or 1 and " +
+               text(channels) + " channels",
+           shape_text(a.query));
+  }
+  if (a.key_mask) {
+    check_like(op, "key_mask", *a.key_mask, ScalarType::Bool, a.x, {batch, a.x.size(1)});
+  }
+  const auto check_norm = [&](const std::string& what, const OptionalTensor& t) {
+    if (!t) return;
+    if (a.norm == 0) refuse(op, what, "None where norm is 0", "a tensor");
+    check_like(op, what, *t, compute_type(a.x), a.x, {channels});
+  };
+  check_norm("norm_weight", a.norm_weight);
+  check_norm("norm_bias", a.norm_bias);
+  if (a.norm < 0 || a.norm > 2) refuse(op, "norm", "0, 1 or 2", text(a.norm));
+  if (!std::isfinite(a.scale)) refuse(op, "scale", "finite", text(a.scale));
+  if (!(a.norm_eps >= 0.0) || !std::isfinite(a.norm_eps)) {
+    refuse(op, "norm_eps", "finite and at least 0", text(a.norm_eps));
+  }
+}
+
+void check_pool_backward(const PoolArguments& a, const Tensor& grad, const OptionalTensor& grad_lse,
+                         const Tensor& pooled, const Tensor& lse) {
+  const std::string op = "late_cls_pool_backward";
+  check_pool(op, a);
+  const std::vector<int64_t> rows{a.x.size(0), a.query.size(1), a.query.size(2)};
+  const std::vector<int64_t> shape{rows[0], rows[1], rows[2], a.x.size(2)};
+  check_like(op, "grad", grad, a.x.scalar_type(), a.x, shape);
+  if (grad_lse) check_like(op, "grad_lse", *grad_lse, compute_type(a.x), a.x, rows);
+  check_like(op, "pooled", pooled, a.x.scalar_type(), a.x, shape);
+  check_like(op, "lse", lse, compute_type(a.x), a.x, rows);
 }
 
 }  // namespace x_rope_cls::ops

@@ -33,6 +33,17 @@ struct AttentionArguments {
   double dropout_p;
 };
 
+struct PoolArguments {
+  const Tensor& x;
+  const Tensor& query;
+  const OptionalTensor& key_mask;
+  const OptionalTensor& norm_weight;
+  const OptionalTensor& norm_bias;
+  double scale;
+  int64_t norm;
+  double norm_eps;
+};
+
 struct AttentionGradients {
   const Tensor& grad_out;
   const OptionalTensor& grad_lse;
@@ -51,5 +62,8 @@ void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& co
                            const OptionalTensor& rotate);
 void check_attention(const std::string& op, const AttentionArguments& a);
 void check_attention_backward(const AttentionArguments& a, const AttentionGradients& g);
+void check_pool(const std::string& op, const PoolArguments& a);
+void check_pool_backward(const PoolArguments& a, const Tensor& grad, const OptionalTensor& grad_lse,
+                         const Tensor& pooled, const Tensor& lse);
 
 }  // namespace x_rope_cls::ops

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "attention.h"
+#include "pooling.h"
 #include "rope.h"
 
 STABLE_TORCH_LIBRARY(x_rope_cls, m) {
@@ -28,6 +29,17 @@ STABLE_TORCH_LIBRARY(x_rope_cls, m) {
       "int cls_rope, bool interleaved, float scale, float dropout_p, bool need_bias_grad, "
       "bool need_table_grad) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // (pooled, logsumexp); norm: 0 none, 1 layer norm, 2 root mean square norm.
+  m.def(
+      "late_cls_pool(Tensor x, Tensor query, Tensor? key_mask, Tensor? norm_weight, "
+      "Tensor? norm_bias, float scale, int norm, float norm_eps) -> (Tensor, Tensor)");
+  // dx, dquery, gradients of norm_weight and norm_bias; of shape (0,) where not asked for or given.
+  m.def(
+      "late_cls_pool_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor query, Tensor "
+      "pooled, "
+      "Tensor lse, Tensor? key_mask, Tensor? norm_weight, Tensor? norm_bias, float scale, int "
+      "norm, "
+      "float norm_eps, bool need_x_grad) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(x_rope_cls, CPU, m) {
@@ -35,4 +47,6 @@ STABLE_TORCH_LIBRARY_IMPL(x_rope_cls, CPU, m) {
   m.impl("rope_table_grad", TORCH_BOX(&x_rope_cls::ops::rope_table_grad));
   m.impl("rope_attention", TORCH_BOX(&x_rope_cls::ops::rope_attention));
   m.impl("rope_attention_backward", TORCH_BOX(&x_rope_cls::ops::rope_attention_backward));
+  m.impl("late_cls_pool", TORCH_BOX(&x_rope_cls::ops::late_cls_pool));
+  m.impl("late_cls_pool_backward", TORCH_BOX(&x_rope_cls::ops::late_cls_pool_backward));
 }

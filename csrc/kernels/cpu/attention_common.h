@@ -5,33 +5,16 @@
 #include <cstdint>
 
 #include "../attention.h"
+#include "arena.h"
 #include "convert.h"
 #include "philox.h"
 #include "rotate.h"
+#include "softmax.h"
 #include "tile.h"
 #include "vec.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-template <typename T>
-constexpr T kInfinity = static_cast<T>(__builtin_inf());
-
-// Hands out 64-byte aligned pieces of a workspace; with a null base it only counts.
-struct Arena {
-  char* base;
-  int64_t used;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used = round_up(used + count * static_cast<int64_t>(sizeof(T)), 64);
-    return piece;
-  }
-};
 
 // -------------------------------------------------------------------------------------------------
 // Partition. A softmax does not care about the order of its keys, so those with a position

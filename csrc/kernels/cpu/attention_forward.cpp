@@ -12,8 +12,6 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-constexpr int kRescaleAbove = 8;  // growth of a row's maximum (log2) that is worth a rescale
-
 // -------------------------------------------------------------------------------------------------
 // Packing.
 
@@ -144,66 +142,6 @@ void score_block(const ForwardPlan<T>& plan, const Columns& columns, const Packe
 }
 
 template <typename T>
-X_ROPE_CLS_INLINE T row_maximum(const T* row, int64_t columns) {
-  constexpr int kChains = 4;
-  Vec<T> best[kChains];
-  for (auto& v : best) v = broadcast<T>(-kInfinity<T>);
-  int64_t j = 0;
-  for (; j + kChains * kLanes<T> <= columns; j += kChains * kLanes<T>) {
-    X_ROPE_CLS_UNROLL
-    for (int i = 0; i < kChains; ++i) {
-      best[i] = max_keep_nan<T>(best[i], load<T>(row + j + i * kLanes<T>));
-    }
-  }
-  for (; j < columns; j += kLanes<T>) best[0] = max_keep_nan<T>(best[0], load<T>(row + j));
-  return max_lanes_keep_nan<T>(
-      max_keep_nan<T>(max_keep_nan<T>(best[0], best[1]), max_keep_nan<T>(best[2], best[3])));
-}
-
-// row[j] = 2^(row[j] - shift); returns the sum.
-template <typename T>
-X_ROPE_CLS_INLINE T exponentiate(T* row, int64_t columns, T shift) {
-  constexpr int kChains = 4;
-  const Vec<T> by = broadcast<T>(shift);
-  Vec<T> sum[kChains] = {};
-  int64_t j = 0;
-  for (; j + kChains * kLanes<T> <= columns; j += kChains * kLanes<T>) {
-    X_ROPE_CLS_UNROLL
-    for (int i = 0; i < kChains; ++i) {
-      const Vec<T> e = exp2<T>(load<T>(row + j + i * kLanes<T>) - by);
-      store<T>(row + j + i * kLanes<T>, e);
-      sum[i] += e;
-    }
-  }
-  for (; j < columns; j += kLanes<T>) {
-    const Vec<T> e = exp2<T>(load<T>(row + j) - by);
-    store<T>(row + j, e);
-    sum[0] += e;
-  }
-  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// Scores of one row become weights relative to the row's reference maximum; what was summed before
-// is rescaled only if the maximum has grown by more than 2^kRescaleAbove can bear.
-template <typename T>
-X_ROPE_CLS_INLINE void soften_row(const ForwardPlan<T>& plan, T* row, int64_t columns, int64_t r,
-                                  const RowScratch<T>& s) {
-  const T maximum = row_maximum(row, columns);
-  if (maximum > s.maximum[r] + T{kRescaleAbove}) {
-    const T before = s.maximum[r];
-    s.maximum[r] = maximum;
-    if (s.sum[r] != T{0}) {
-      const T factor = exp2<T>(broadcast<T>(before - maximum))[0];
-      s.sum[r] *= factor;
-      T* out = s.out + r * plan.value_width;
-      for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= factor;
-    }
-  }
-  const T reference = s.maximum[r];
-  s.sum[r] += exponentiate(row, columns, reference == -kInfinity<T> ? T{0} : reference);
-}
-
-template <typename T>
 void drop_row(const ForwardPlan<T>& plan, const Columns& columns, const Split& split,
               const RowBlock& block, int64_t first, int64_t last, int64_t n, T* row, T* factors) {
   const Dropout dropout = make_dropout(plan.p->dropout_p, plan.p->seed);
@@ -231,7 +169,8 @@ void soften_block(const ForwardPlan<T>& plan, const Columns& columns, const Spli
                    });
     }
     if (padding) hide_padding(columns, first, last, row);
-    soften_row(plan, row, last - first, r, s);
+    soften_row(row, last - first, s.maximum[r], s.sum[r], s.out + r * plan.value_width,
+               plan.value_width);
     if (p.dropout_p > 0) {
       drop_row(plan, columns, split, block, first, last, n, row, s.factors);
     }
@@ -251,9 +190,7 @@ void store_block(const ForwardPlan<Compute<S>>& plan, const RowBlock& block,
     const T inverse = empty ? T{0} : T{1} / s.sum[r];
     for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= inverse;
     store_row<S>(out, p.out.stride_d, p.value_dim, row_at<S>(p.out, block.b, block.h, n));
-    const double log_sum =
-        static_cast<double>(s.maximum[r]) + __builtin_log2(static_cast<double>(s.sum[r]));
-    lse[n] = empty ? -kInfinity<T> : static_cast<T>(log_sum * kLn2);
+    lse[n] = log_sum(s.maximum[r], s.sum[r]);
   }
 }
 

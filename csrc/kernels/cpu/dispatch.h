@@ -7,6 +7,7 @@
 
 #include "../attention.h"
 #include "../limits.h"
+#include "../pooling.h"
 #include "../rope.h"
 
 namespace x_rope_cls::cpu {
@@ -20,6 +21,10 @@ struct KernelTable {
   AttentionForward attention_forward;
   AttentionBackwardWorkspace attention_backward_workspace;
   AttentionBackward attention_backward;
+  PoolWorkspace pool_workspace;
+  PoolForward pool_forward;
+  PoolBackwardWorkspace pool_backward_workspace;
+  PoolBackward pool_backward;
   LimitKernels limits;
 };
 

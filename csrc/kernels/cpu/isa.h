@@ -29,6 +29,14 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& params, int6
 void attention_backward(const AttentionBackwardParams& params, const Parallel& parallel,
                         void* workspace);
 
+// pooling_forward.cpp
+int64_t pool_workspace(const PoolParams& params, int64_t workers);
+void pool_forward(const PoolParams& params, const Parallel& parallel, void* workspace);
+
+// pooling_backward.cpp
+int64_t pool_backward_workspace(const PoolBackwardParams& params, int64_t workers);
+void pool_backward(const PoolBackwardParams& params, const Parallel& parallel, void* workspace);
+
 // limits.cpp
 double fma_float32(int64_t iterations);
 #ifdef __AVX512BF16__

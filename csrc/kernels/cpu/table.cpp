@@ -15,6 +15,10 @@ const KernelTable kTable = {
     .attention_forward = attention_forward,
     .attention_backward_workspace = attention_backward_workspace,
     .attention_backward = attention_backward,
+    .pool_workspace = pool_workspace,
+    .pool_forward = pool_forward,
+    .pool_backward_workspace = pool_backward_workspace,
+    .pool_backward = pool_backward,
     .limits =
         {
             .fma_float32 = fma_float32,

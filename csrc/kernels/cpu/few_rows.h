@@ -1,0 +1,262 @@
+// Products of a few rows with many token states that lie in memory as they are, a token a row of
+// channels: nothing is transposed. Scores are inner products along the channels; weighted sums keep
+// a panel of channels in registers and pass over the tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "tile.h"
+#include "vec.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+// Registers that tiles may count on: sixteen, or the thirty-two of AVX-512.
+constexpr bool kManyRegisters = X_ROPE_CLS_LANES == 16;
+
+// Token states: element (n, c) at data[n * stride + c], channels padded to whole vectors.
+template <typename T>
+struct TokenBlock {
+  const T* data;
+  int64_t stride;
+  int64_t tokens;
+};
+
+// -------------------------------------------------------------------------------------------------
+// Inner products.
+
+constexpr int kDotTokens = 4;
+
+template <int kPart>
+struct EvenParts {  // parts 0, 2, ... of a, then of b
+  static constexpr int at(int i) {
+    const int part = i / kPart * 2;
+    return part * kPart + i % kPart;
+  }
+};
+template <int kPart>
+struct OddParts {
+  static constexpr int at(int i) { return EvenParts<kPart>::at(i) + kPart; }
+};
+template <int kDistance>
+struct SwapParts {
+  static constexpr int at(int i) { return i ^ kDistance; }
+};
+template <int kLaneCount, int kPart>
+struct FirstOfParts {
+  static constexpr int at(int i) { return i * kPart % kLaneCount; }
+};
+
+// Parts of kPart lanes of a, then of b, added in pairs.
+template <typename T, int kPart>
+X_ROPE_CLS_INLINE Vec<T> add_pairs(Vec<T> a, Vec<T> b) {
+  return shuffle<T, EvenParts<kPart>>(a, b) + shuffle<T, OddParts<kPart>>(a, b);
+}
+template <typename T, int kPart>
+X_ROPE_CLS_INLINE Vec<T> sum_parts(Vec<T> v) {
+  if constexpr (kPart > 1) {
+    v += shuffle<T, SwapParts<kPart / 2>>(v, v);
+    return sum_parts<T, kPart / 2>(v);
+  }
+  return v;
+}
+
+// to[j] = sum of the lanes of v[j].
+template <typename T>
+X_ROPE_CLS_INLINE void store_sums(const Vec<T> (&v)[kDotTokens], T* to) {
+  constexpr int kL = kLanes<T>;
+  const Vec<T> low = add_pairs<T, kL / 2>(v[0], v[1]);
+  const Vec<T> high = add_pairs<T, kL / 2>(v[2], v[3]);
+  if constexpr (kL == 2) {
+    store<T>(to, low);
+    store<T>(to + 2, high);
+  } else {
+    constexpr int kPart = kL / kDotTokens;
+    const Vec<T> sums = sum_parts<T, kPart>(add_pairs<T, kPart>(low, high));
+    const Vec<T> first = shuffle<T, FirstOfParts<kL, kPart>>(sums, sums);
+    __builtin_memcpy(to, &first, kDotTokens * sizeof(T));
+  }
+}
+
+template <typename T, int kRows>
+static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, const T* x0,
+                                               const T* x1, const T* x2, const T* x3,
+                                               int64_t channels, T* out, int64_t out_stride) {
+  Vec<T> acc[kRows][kDotTokens] = {};
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    Vec<T> left[kRows];
+    X_ROPE_CLS_UNROLL
+    for (int r = 0; r < kRows; ++r) left[r] = load<T>(a + r * a_stride + c);
+    const T* const from[kDotTokens] = {x0, x1, x2, x3};
+    X_ROPE_CLS_UNROLL
+    for (int j = 0; j < kDotTokens; ++j) {
+      const Vec<T> right = load<T>(from[j] + c);
+      X_ROPE_CLS_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j] += left[r] * right;
+    }
+  }
+  X_ROPE_CLS_UNROLL
+  for (int r = 0; r < kRows; ++r) store_sums<T>(acc[r], out + r * out_stride);
+}
+
+// Rows that the next tile takes of so many.
+constexpr int64_t dot_rows_next(int64_t rows) {
+  if (kManyRegisters) {
+    if (rows >= 6 && rows != 7 && rows != 8) return 6;
+    return rows >= 4 ? 4 : rows;
+  }
+  return rows >= 3 && rows != 4 ? 3 : min_of<int64_t>(rows, 2);
+}
+
+// out[r * out_stride + n] = <a_r, x_n>, columns up to the next multiple of kDotTokens are written.
+// channels: a multiple of the lanes.
+template <typename T>
+void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
+              T* out, int64_t out_stride) {
+  constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
+  for (int64_t start = 0; start < rows; start += kTogether) {
+    const int64_t end = min_of(rows, start + kTogether);
+    for (int64_t n = 0; n < x.tokens; n += kDotTokens) {
+      const auto token = [&](int64_t j) { return x.data + min_of(n + j, x.tokens - 1) * x.stride; };
+      const T* const x0 = token(0);
+      const T* const x1 = token(1);
+      const T* const x2 = token(2);
+      const T* const x3 = token(3);
+      for (int64_t r = start; r < end;) {
+        const int64_t take = dot_rows_next(end - r);
+        const T* const left = a + r * a_stride;
+        T* const to = out + r * out_stride + n;
+        const auto run = [&](auto tile) {
+          tile(left, a_stride, x0, x1, x2, x3, channels, to, out_stride);
+        };
+        if constexpr (kManyRegisters) {
+          if (take == 6) run(dot_tile<T, 6>);
+          if (take == 4) run(dot_tile<T, 4>);
+        }
+        if (take == 3) run(dot_tile<T, 3>);
+        if (take == 2) run(dot_tile<T, 2>);
+        if (take == 1) run(dot_tile<T, 1>);
+        r += take;
+      }
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Weighted sums.
+
+template <typename T>
+X_ROPE_CLS_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// acc[r][v] += sum over n of w(r, n) x(n, v); the same panel of the tokens to come is prefetched.
+template <typename T, int kRows, int kVectors, bool kAhead>
+static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, const T* x,
+                                               int64_t x_stride, int64_t tokens, int64_t ahead,
+                                               T* out, int64_t out_stride) {
+  Vec<T> acc[kRows][kVectors];
+  X_ROPE_CLS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = load<T>(out + r * out_stride + v * kLanes<T>);
+  }
+  auto rows = LeftRows<T, Left::kByRow, kRows>::make(w, w_stride);
+  for (int64_t n = 0; n < tokens; ++n) {
+    Vec<T> right[kVectors];
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) right[v] = load<T>(x + v * kLanes<T>);
+    if constexpr (kAhead) {
+      constexpr int kLine = 64 / static_cast<int>(sizeof(T));
+      X_ROPE_CLS_UNROLL
+      for (int c = 0; c < kVectors * kLanes<T>; c += kLine) prefetch(x + ahead + c);
+    }
+    X_ROPE_CLS_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> left = broadcast<T>(rows.at(r, 0));
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += left * right[v];
+    }
+    rows.advance(1);
+    x += x_stride;
+  }
+  X_ROPE_CLS_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) store<T>(out + r * out_stride + v * kLanes<T>, acc[r][v]);
+  }
+}
+
+// All channels of one tile of rows: panels of kVectors, then of two and of one.
+template <typename T, int kRows, int kVectors>
+X_ROPE_CLS_INLINE void sum_row_tile(const T* w, int64_t w_stride, const TokenBlock<T>& x,
+                                    int64_t channels, int64_t ahead, T* out, int64_t out_stride) {
+  constexpr int64_t kWide = kVectors * kLanes<T>;
+  int64_t c = 0;
+  for (; c + kWide <= channels; c += kWide) {
+    if (ahead != 0) {
+      sum_tile<T, kRows, kVectors, true>(w, w_stride, x.data + c, x.stride, x.tokens, ahead,
+                                         out + c, out_stride);
+    } else {
+      sum_tile<T, kRows, kVectors, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
+                                          out_stride);
+    }
+  }
+  for (; c + 2 * kLanes<T> <= channels; c += 2 * kLanes<T>) {
+    sum_tile<T, kRows, 2, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
+                                 out_stride);
+  }
+  if (c < channels) {
+    sum_tile<T, kRows, 1, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
+                                 out_stride);
+  }
+}
+
+// out[r * out_stride + c] += sum over n of w[r * w_stride + n] x_n[c]. channels: a multiple of the
+// lanes. `ahead`: distance in elements to the tokens that will be read next, which are fetched into
+// the cache meanwhile; 0: none.
+template <typename T>
+void sum_rows(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
+              int64_t ahead, T* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows;) {
+    const int64_t left = rows - r;
+    const T* const from = w + r * w_stride;
+    T* const to = out + r * out_stride;
+    int64_t take = 1;
+    if constexpr (kManyRegisters) {
+      if (left >= 8 && left != 9 && left != 10 && left != 12) {
+        sum_row_tile<T, 8, 3>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 8;
+      } else if (left >= 6) {
+        sum_row_tile<T, 6, 4>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 6;
+      } else if (left >= 4) {
+        sum_row_tile<T, 4, 6>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 4;
+      } else if (left >= 2) {
+        sum_row_tile<T, 2, 8>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 2;
+      } else {
+        sum_row_tile<T, 1, 8>(from, w_stride, x, channels, ahead, to, out_stride);
+      }
+    } else {
+      if (left >= 6 && left != 8) {
+        sum_row_tile<T, 6, 2>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 6;
+      } else if (left >= 4) {
+        sum_row_tile<T, 4, 3>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 4;
+      } else if (left >= 2) {
+        sum_row_tile<T, 2, 4>(from, w_stride, x, channels, ahead, to, out_stride);
+        take = 2;
+      } else {
+        sum_row_tile<T, 1, 6>(from, w_stride, x, channels, ahead, to, out_stride);
+      }
+    }
+    ahead = 0;  // once is enough
+    r += take;
+  }
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

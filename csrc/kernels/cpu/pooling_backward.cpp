@@ -1,0 +1,281 @@
+// Pooling backward: one read of the token states, one write of their gradient.
+//
+// With s = scale <q, x_n>, p = exp(s - lse) and g the gradient of the pooled row, ds = p (<g, x_n>
+// - <g, pooled> + grad_lse), dx_n = sum over rows of p g + scale ds q, dq = scale sum over n of ds
+// x_n. Scaled queries and g are stacked, so that one pass of inner products gives both kinds of
+// scores, and one product of the stacked weights with the stacked rows gives dx. Sums over tokens
+// are kept by task and added up in order at the end: the same bits for any number of threads.
+#include "isa.h"
+#include "pooling_common.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+template <typename T>
+struct PoolGradScratch {
+  T* stack;   // (2 * rows, width): queries times scale * log2(e), then gradients of pooled
+  T* scores;  // (2 * rows, columns)
+  T* shift;   // (rows): logsumexp in units of log2; infinity where there was nothing to attend to
+  T* delta;   // (rows): <g, pooled> - grad_lse
+  T* buffer;  // (block, width)
+  T* grads;   // (block, width): gradients of the (normalised) tokens
+  T* raw;     // (width): one token before its normalisation
+  TokenMoments<T>* moments;
+};
+
+template <typename T>
+struct PoolGradMemory {
+  PoolPlan plan;
+  PoolGradScratch<T>* scratch;
+  T* sums;  // (slots, rows + 2, width): dq / (scale * log2 e), gradients of norm weight and bias
+  int64_t slots;
+};
+
+// Queries of their own sum up by batch, everything shared by task.
+template <typename S>
+PoolGradMemory<Compute<S>> take_pool_grad_memory(const PoolBackwardParams& g, int64_t workers,
+                                                 Arena& arena) {
+  using T = Compute<S>;
+  PoolGradMemory<T> m{};
+  m.plan = make_pool_plan<S>(g.forward, workers, 7);
+  if (g.forward.query_batch != 1 && m.plan.group > 1) {
+    m.plan.group = 1;
+    m.plan.tasks = g.forward.batch;
+  }
+  const PoolPlan& plan = m.plan;
+  take_kept(m.plan, arena);
+  m.slots = plan.tasks;
+  m.sums = arena.take<T>(m.slots * (plan.rows + 2) * plan.width);
+  m.scratch = arena.take<PoolGradScratch<T>>(plan.workers);
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    PoolGradScratch<T> s{};
+    s.stack = arena.take<T>(2 * plan.rows * plan.width);
+    s.scores = arena.take<T>(2 * plan.rows * plan.columns);
+    s.shift = arena.take<T>(plan.rows);
+    s.delta = arena.take<T>(plan.rows);
+    s.buffer = needs_buffer<S>(plan) ? arena.take<T>(plan.block * plan.width) : nullptr;
+    s.grads = arena.take<T>(plan.block * plan.width);
+    s.raw = arena.take<T>(plan.width);
+    s.moments = arena.take<TokenMoments<T>>(plan.block);
+    if (arena.base != nullptr) m.scratch[i] = s;
+  }
+  return m;
+}
+
+// Everything that belongs to the rows of batch b.
+template <typename S>
+void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
+                  const PoolGradScratch<Compute<S>>& s) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  T* grads = s.stack + plan.rows * plan.width;
+  pack_pool_rows<S>(plan, p.query, b, static_cast<T>(p.scale * kLog2E), s.stack);
+  pack_pool_rows<S>(plan, g.grad, b, T{1}, grads);
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    const int64_t row = b * plan.rows + r;
+    const T lse = static_cast<const T*>(p.lse)[row] * static_cast<T>(kLog2E);
+    s.shift[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
+    load_row(static_cast<const S*>(p.pooled) + row * p.channels, 1, p.channels, s.raw);
+    for (int64_t c = p.channels; c < plan.width; ++c) s.raw[c] = T{0};
+    const T* grad = grads + r * plan.width;
+    T delta =
+        sum_of<T>(plan.width, [&](int64_t c) { return load<T>(grad + c) * load<T>(s.raw + c); });
+    if (g.grad_lse != nullptr) {
+      delta -= static_cast<const T*>(
+          g.grad_lse)[b * g.grad_lse_stride_b + r / p.queries * g.grad_lse_stride_h +
+                      r % p.queries * g.grad_lse_stride_m];
+    }
+    s.delta[r] = delta;
+  }
+}
+
+// Scores s and <g, x> become ds * ln 2 and p.
+template <typename T>
+void pool_score_grads(const PoolPlan& plan, int64_t tokens, const PoolGradScratch<T>& s) {
+  constexpr int kL = kLanes<T>;
+  const Vec<T> ln2 = broadcast<T>(static_cast<T>(kLn2));
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    T* score = s.scores + r * plan.columns;
+    T* other = s.scores + (plan.rows + r) * plan.columns;
+    const Vec<T> shift = broadcast<T>(s.shift[r]);
+    const Vec<T> delta = broadcast<T>(s.delta[r]);
+    for (int64_t j = 0; j < tokens; j += kL) {
+      const Vec<T> weight = exp2<T>(load<T>(score + j) - shift);
+      store<T>(score + j, weight * (load<T>(other + j) - delta) * ln2);
+      store<T>(other + j, weight);
+    }
+  }
+}
+
+// grads: of the normalised token; becomes that of the token itself.
+template <typename S>
+void norm_backward(const PoolPlan& plan, const TokenRange& range, int64_t i,
+                   TokenMoments<Compute<S>> moments, const PoolGradScratch<Compute<S>>& s,
+                   Compute<S>* grads, Compute<S>* dweight, Compute<S>* dbias) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  const T* weight = static_cast<const T*>(p.norm_weight);
+  load_row(token_at<const S>(p.x, range.b, range.token(i)), p.x.stride_c, p.channels, s.raw);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    s.raw[c] = (s.raw[c] - moments.mean) * moments.inverse;
+    dbias[c] += grads[c];
+    dweight[c] += grads[c] * s.raw[c];
+    if (weight != nullptr) grads[c] *= weight[c];
+  }
+  for (int64_t c = p.channels; c < plan.width; ++c) s.raw[c] = grads[c] = T{0};
+  const T n = static_cast<T>(p.channels);
+  const T mean = p.norm == PoolNorm::kLayer
+                     ? sum_of<T>(plan.width, [&](int64_t c) { return load<T>(grads + c); }) / n
+                     : T{0};
+  const T along =
+      sum_of<T>(plan.width, [&](int64_t c) { return load<T>(grads + c) * load<T>(s.raw + c); }) / n;
+  for (int64_t c = 0; c < p.channels; ++c) {
+    grads[c] = (grads[c] - mean - s.raw[c] * along) * moments.inverse;
+  }
+}
+
+// dx of `count` tokens from the i-th of the range on.
+template <typename S>
+void token_grads(const PoolPlan& plan, const PoolBackwardParams& g, const TokenRange& range,
+                 int64_t i, int64_t count, const PoolGradScratch<Compute<S>>& s, Compute<S>* sums) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  const bool together = range.token(i + count - 1) - range.token(i) == count - 1;
+  T* grads = s.grads;
+  int64_t stride = plan.width;
+  bool direct = false;
+  if constexpr (__is_same(S, T)) {
+    direct =
+        p.norm == PoolNorm::kNone && plan.width == p.channels && g.dx.stride_c == 1 && together;
+    if (direct) {
+      grads = token_at<T>(g.dx, range.b, range.token(i));
+      stride = g.dx.stride_n;
+    }
+  }
+  multiply<T, Left::kByColumn, false>(count, plan.width, 2 * plan.rows, s.scores, plan.columns,
+                                      s.stack, plan.width, 2 * kLanes<T>, grads, stride);
+  if (direct) return;
+  for (int64_t j = 0; j < count; ++j) {
+    T* row = grads + j * plan.width;
+    if (p.norm != PoolNorm::kNone) {
+      norm_backward<S>(plan, range, i + j, s.moments[j], s, row, sums + plan.rows * plan.width,
+                       sums + (plan.rows + 1) * plan.width);
+    }
+    if (g.dx.data == nullptr) continue;
+    store_row<S>(row, g.dx.stride_c, p.channels, token_at<S>(g.dx, range.b, range.token(i + j)));
+  }
+}
+
+// Tokens that do not count, from the first of this range to the first of the next.
+template <typename S>
+void clear_masked(const PoolPlan& plan, const PoolBackwardParams& g, const TokenRange& range,
+                  int64_t chunk) {
+  const PoolParams& p = *plan.p;
+  if (range.kept == nullptr || g.dx.data == nullptr) return;
+  const auto start = [&](int64_t i) { return i < range.count ? range.token(i) : p.tokens; };
+  const int64_t end = chunk + 1 == plan.chunks ? p.tokens : start(range.last);
+  for (int64_t n = chunk == 0 ? 0 : start(range.first); n < end; ++n) {
+    if (p.key_mask[range.b * p.key_mask_stride_b + n * p.key_mask_stride_n] != 0) continue;
+    S* row = token_at<S>(g.dx, range.b, n);
+    for (int64_t c = 0; c < p.channels; ++c) row[c * g.dx.stride_c] = S{};
+  }
+}
+
+template <typename S>
+void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b, int64_t chunk,
+                     const PoolGradScratch<Compute<S>>& s, Compute<S>* sums) {
+  const TokenRange range = range_of(plan, b, chunk);
+  const bool tokens_too = g.dx.data != nullptr || g.dweight != nullptr || g.dbias != nullptr;
+  prepare_rows<S>(plan, g, b, s);
+  for (int64_t i = range.first; i < range.last; i += plan.block) {
+    const int64_t count = min_of(plan.block, range.last - i);
+    const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
+    dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
+    pool_score_grads(plan, count, s);
+    if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
+    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, 0, sums, plan.width);
+  }
+  clear_masked<S>(plan, g, range, chunk);
+}
+
+template <typename S>
+void pool_grad_task(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParams& g, int64_t task,
+                    int64_t worker) {
+  using T = Compute<S>;
+  const PoolPlan& plan = m.plan;
+  const int64_t size = (plan.rows + 2) * plan.width;
+  T* sums = m.sums + task * size;
+  for (int64_t i = 0; i < size; ++i) sums[i] = T{0};
+  if (plan.chunks > 1) {
+    pool_grad_range<S>(plan, g, task / plan.chunks, task % plan.chunks, m.scratch[worker], sums);
+    return;
+  }
+  for (int64_t b = task * plan.group; b < min_of(plan.p->batch, (task + 1) * plan.group); ++b) {
+    pool_grad_range<S>(plan, g, b, 0, m.scratch[worker], sums);
+  }
+}
+
+// Adds up row `r` of slots [first, first + count) into that of the first.
+template <typename T>
+T* add_slots(const PoolGradMemory<T>& m, int64_t r, int64_t first, int64_t count) {
+  const int64_t size = (m.plan.rows + 2) * m.plan.width;
+  T* to = m.sums + first * size + r * m.plan.width;
+  for (int64_t i = 1; i < count; ++i) {
+    const T* from = to + i * size;
+    for (int64_t c = 0; c < m.plan.width; ++c) to[c] += from[c];
+  }
+  return to;
+}
+
+// Row `task` of the gradients that are sums: those of the queries first, then weight and bias.
+template <typename S>
+void finish_row(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParams& g, int64_t task) {
+  using T = Compute<S>;
+  const PoolPlan& plan = m.plan;
+  const PoolParams& p = *plan.p;
+  const bool shared = p.query_batch == 1;
+  const int64_t query_rows = p.query_batch * plan.rows;
+  if (task >= query_rows) {
+    auto* to = static_cast<T*>(task == query_rows ? g.dweight : g.dbias);
+    if (to == nullptr) return;
+    const T* sum = add_slots(m, plan.rows + (task - query_rows), 0, m.slots);
+    for (int64_t c = 0; c < p.channels; ++c) to[c] = sum[c];
+    return;
+  }
+  const int64_t slots = shared ? m.slots : plan.chunks;
+  T* sum = add_slots(m, task % plan.rows, task / plan.rows * slots, slots);
+  for (int64_t c = 0; c < p.channels; ++c) sum[c] *= static_cast<T>(p.scale * kLog2E);
+  store_row<S>(sum, 1, p.channels, static_cast<S*>(g.dquery) + task * p.channels);
+}
+
+template <typename S>
+void pool_backward_typed(const PoolBackwardParams& g, const Parallel& parallel, void* workspace) {
+  const PoolParams& p = g.forward;
+  Arena arena{static_cast<char*>(workspace), 0};
+  const auto m = take_pool_grad_memory<S>(g, parallel.workers, arena);
+  fill_kept(m.plan);
+  run_tasks(parallel, m.plan.workers, m.plan.tasks,
+            [&](int64_t task, int64_t worker) { pool_grad_task<S>(m, g, task, worker); });
+  run_tasks(parallel, m.plan.workers, p.query_batch * m.plan.rows + 2,
+            [&](int64_t task, int64_t) { finish_row<S>(m, g, task); });
+}
+
+}  // namespace
+
+int64_t pool_backward_workspace(const PoolBackwardParams& params, int64_t workers) {
+  int64_t bytes = 0;
+  with_storage_type(params.forward.dtype, [&](auto type) {
+    Arena arena{nullptr, 0};
+    take_pool_grad_memory<decltype(type)>(params, workers, arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+void pool_backward(const PoolBackwardParams& params, const Parallel& parallel, void* workspace) {
+  with_storage_type(params.forward.dtype, [&](auto type) {
+    pool_backward_typed<decltype(type)>(params, parallel, workspace);
+  });
+}
+
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

@@ -1,0 +1,225 @@
+// What both pooling passes share: how the work is cut, which tokens count, and how blocks of token
+// states are read.
+#pragma once
+
+#include <cstdint>
+
+#include "../pooling.h"
+#include "arena.h"
+#include "convert.h"
+#include "few_rows.h"
+#include "softmax.h"
+#include "tasks.h"
+#include "vec.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+constexpr int64_t kPoolBlockBytes = 128 * 1024;  // of token states between the two products: in L2
+constexpr int64_t kPoolMostTokens = 128;         // of a block
+constexpr int64_t kPoolTasks = 32;               // that a call is cut into where it is large enough
+constexpr int64_t kPoolChunk = 256;              // tokens; fewer are not worth a sum of their own
+constexpr double kPoolFlopsPerWorker = 2e5;      // less work is not worth another thread
+
+// Sizes and choices of one call. They depend on the shapes alone, so that results do not depend on
+// the number of threads.
+struct PoolPlan {
+  const PoolParams* p;
+  int64_t rows;     // heads * queries
+  int64_t width;    // channels padded to whole vectors
+  int64_t block;    // tokens of a block, a multiple of kDotTokens
+  int64_t columns;  // row stride of scores
+  int64_t chunks;   // parts of a batch's tokens, summed apart
+  int64_t group;    // batches of a task, where chunks is 1
+  int64_t tasks;    // ceil(batch / group) * chunks
+  int64_t workers;
+  bool in_place;        // tokens can be read where they are
+  int32_t* kept;        // (batch, tokens): tokens that are not masked, ascending; null: all count
+  int64_t* kept_count;  // (batch)
+};
+
+template <typename S>
+PoolPlan make_pool_plan(const PoolParams& p, int64_t most_workers, int64_t products) {
+  using T = Compute<S>;
+  PoolPlan plan{};
+  plan.p = &p;
+  plan.rows = p.heads * p.queries;
+  plan.width = round_up(p.channels, kLanes<T>);
+  const int64_t fits = kPoolBlockBytes / (plan.width * static_cast<int64_t>(sizeof(T)));
+  const int64_t block = max_of<int64_t>(16, min_of(kPoolMostTokens, fits)) / 16 * 16;
+  plan.block = max_of<int64_t>(kDotTokens, min_of(block, round_up(p.tokens, kDotTokens)));
+  plan.columns = round_up(plan.block, kLanes<T>) + kLanes<T>;
+  const int64_t least = max_of(kPoolChunk, 4 * plan.rows);
+  const int64_t batch = max_of<int64_t>(1, p.batch);
+  plan.chunks = max_of<int64_t>(1, min_of(ceil_div(kPoolTasks, batch), p.tokens / least));
+  plan.group = plan.chunks > 1 ? 1 : ceil_div(batch, 2 * kPoolTasks);
+  plan.tasks = ceil_div(p.batch, plan.group) * plan.chunks;
+  const double flops = 2.0 * static_cast<double>(products) *
+                       static_cast<double>(p.batch * p.tokens) *
+                       static_cast<double>(p.channels * plan.rows);
+  plan.workers = useful_workers(most_workers, flops, kPoolFlopsPerWorker);
+  plan.in_place =
+      __is_same(S, T) && p.x.stride_c == 1 && plan.width == p.channels && p.norm == PoolNorm::kNone;
+  return plan;
+}
+
+static inline void take_kept(PoolPlan& plan, Arena& arena) {
+  if (plan.p->key_mask == nullptr) return;
+  plan.kept = arena.take<int32_t>(plan.p->batch * plan.p->tokens);
+  plan.kept_count = arena.take<int64_t>(plan.p->batch);
+}
+static inline void fill_kept(const PoolPlan& plan) {
+  const PoolParams& p = *plan.p;
+  for (int64_t b = 0; plan.kept != nullptr && b < p.batch; ++b) {
+    const uint8_t* mask = p.key_mask + b * p.key_mask_stride_b;
+    int32_t* kept = plan.kept + b * p.tokens;
+    int64_t count = 0;
+    for (int64_t n = 0; n < p.tokens; ++n) {
+      kept[count] = static_cast<int32_t>(n);
+      count += mask[n * p.key_mask_stride_n] != 0 ? 1 : 0;
+    }
+    plan.kept_count[b] = count;
+  }
+}
+
+// Part `chunk` of the tokens of batch b that count: the first..last of them.
+struct TokenRange {
+  int64_t b;
+  const int32_t* kept;  // null: token i is token i
+  int64_t count;        // tokens of the batch that count
+  int64_t first, last;
+
+  int64_t token(int64_t i) const { return kept == nullptr ? i : kept[i]; }
+};
+static inline TokenRange range_of(const PoolPlan& plan, int64_t b, int64_t chunk) {
+  TokenRange range{};
+  range.b = b;
+  range.kept = plan.kept == nullptr ? nullptr : plan.kept + b * plan.p->tokens;
+  range.count = plan.kept == nullptr ? plan.p->tokens : plan.kept_count[b];
+  const int64_t part = round_up(ceil_div(range.count, plan.chunks), kDotTokens);
+  range.first = min_of(range.count, chunk * part);
+  range.last = chunk + 1 == plan.chunks ? range.count : min_of(range.count, range.first + part);
+  return range;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Rows of queries.
+
+template <typename S>
+X_ROPE_CLS_INLINE const S* row4(const Tensor4& t, int64_t b, int64_t row, int64_t queries) {
+  return static_cast<const S*>(t.data) + b * t.stride_b + row / queries * t.stride_h +
+         row % queries * t.stride_n;
+}
+
+// Dense rows of the compute type, times `factor`, padded with zeros.
+template <typename S>
+void pack_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, Compute<S> factor,
+                    Compute<S>* to) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  for (int64_t r = 0; r < plan.rows; ++r, to += plan.width) {
+    load_row(row4<S>(t, b, r, p.queries), t.stride_d, p.channels, to);
+    for (int64_t c = 0; c < p.channels; ++c) to[c] *= factor;
+    for (int64_t c = p.channels; c < plan.width; ++c) to[c] = T{0};
+  }
+}
+
+// -------------------------------------------------------------------------------------------------
+// Blocks of tokens.
+
+// What normalising one token needs: (x - mean) * inverse is the normalised state.
+template <typename T>
+struct TokenMoments {
+  T mean;
+  T inverse;
+};
+
+// Sum of n elements, four chains of vectors wide.
+template <typename T, typename F>
+X_ROPE_CLS_INLINE T sum_of(int64_t n, F&& term) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kL <= n; c += 4 * kL) {
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < 4; ++i) sum[i] += term(c + i * kL);
+  }
+  for (; c + kL <= n; c += kL) sum[0] += term(c);
+  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// row: `channels` values; what lies between them and `width` is not looked at.
+template <typename T>
+X_ROPE_CLS_INLINE TokenMoments<T> moments_of(const PoolParams& p, const T* row) {
+  const int64_t n = p.channels;
+  const int64_t whole = n / kLanes<T> * kLanes<T>;
+  TokenMoments<T> m{T{0}, T{0}};
+  if (p.norm == PoolNorm::kLayer) {
+    T sum = sum_of<T>(whole, [&](int64_t c) { return load<T>(row + c); });
+    for (int64_t c = whole; c < n; ++c) sum += row[c];
+    m.mean = sum / static_cast<T>(n);
+  }
+  const Vec<T> mean = broadcast<T>(m.mean);
+  T squares = sum_of<T>(whole, [&](int64_t c) {
+    const Vec<T> d = load<T>(row + c) - mean;
+    return d * d;
+  });
+  for (int64_t c = whole; c < n; ++c) squares += (row[c] - m.mean) * (row[c] - m.mean);
+  m.inverse = T{1} / static_cast<T>(__builtin_sqrt(static_cast<double>(
+                         squares / static_cast<T>(n) + static_cast<T>(p.norm_eps))));
+  return m;
+}
+
+template <typename T>
+X_ROPE_CLS_INLINE void normalise_row(const PoolParams& p, TokenMoments<T> m, T* row) {
+  const T* weight = static_cast<const T*>(p.norm_weight);
+  const T* bias = static_cast<const T*>(p.norm_bias);
+  for (int64_t c = 0; c < p.channels; ++c) {
+    T y = (row[c] - m.mean) * m.inverse;
+    if (weight != nullptr) y *= weight[c];
+    if (bias != nullptr) y += bias[c];
+    row[c] = y;
+  }
+}
+
+template <typename S>
+X_ROPE_CLS_INLINE S* token_at(const Tensor3& t, int64_t b, int64_t n) {
+  return static_cast<S*>(t.data) + b * t.stride_b + n * t.stride_n;
+}
+
+// Tokens [first, first + count) of the range, where they are or as dense rows in `buffer`
+// (block * width), normalised if wanted; `moments` (block) is filled then.
+template <typename S>
+TokenBlock<Compute<S>> read_block(const PoolPlan& plan, const TokenRange& range, int64_t first,
+                                  int64_t count, Compute<S>* buffer,
+                                  TokenMoments<Compute<S>>* moments) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  const int64_t start = range.token(first);
+  const bool together = range.token(first + count - 1) - start == count - 1;
+  if constexpr (__is_same(S, T)) {
+    if (plan.in_place && together) {
+      return {token_at<const T>(p.x, range.b, start), p.x.stride_n, count};
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = buffer + i * plan.width;
+    load_row(token_at<const S>(p.x, range.b, range.token(first + i)), p.x.stride_c, p.channels,
+             row);
+    if (p.norm != PoolNorm::kNone) {
+      moments[i] = moments_of(p, row);
+      normalise_row(p, moments[i], row);
+    }
+    for (int64_t c = p.channels; c < plan.width; ++c) row[c] = T{0};
+  }
+  return {buffer, plan.width, count};
+}
+
+// Bytes of a block's buffers, where tokens may have to be copied.
+template <typename S>
+bool needs_buffer(const PoolPlan& plan) {
+  return !plan.in_place || plan.p->key_mask != nullptr;
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
