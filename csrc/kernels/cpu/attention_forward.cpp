@@ -281,6 +281,7 @@ void forward_typed(const AttentionParams& p, const Parallel& parallel, void* wor
 }  // namespace
 
 int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
+  if (attention_is_few(params)) return attention_few_workspace(params, workers);
   int64_t bytes = 0;
   with_storage_type(params.dtype, [&](auto type) {
     Arena arena{nullptr, 0};
@@ -291,6 +292,7 @@ int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
 }
 
 void attention_forward(const AttentionParams& params, const Parallel& parallel, void* workspace) {
+  if (attention_is_few(params)) return attention_few(params, parallel, workspace);
   with_storage_type(params.dtype,
                     [&](auto type) { forward_typed<decltype(type)>(params, parallel, workspace); });
 }

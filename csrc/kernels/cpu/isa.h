@@ -24,6 +24,11 @@ void rope_table_grad(const RopeTableGradParams& params, const Parallel& parallel
 int64_t attention_workspace(const AttentionParams& params, int64_t workers);
 void attention_forward(const AttentionParams& params, const Parallel& parallel, void* workspace);
 
+// attention_few.cpp: what attention_forward does where there are few queries.
+bool attention_is_few(const AttentionParams& params);
+int64_t attention_few_workspace(const AttentionParams& params, int64_t workers);
+void attention_few(const AttentionParams& params, const Parallel& parallel, void* workspace);
+
 // attention_backward.cpp
 int64_t attention_backward_workspace(const AttentionBackwardParams& params, int64_t workers);
 void attention_backward(const AttentionBackwardParams& params, const Parallel& parallel,

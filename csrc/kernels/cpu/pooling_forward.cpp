@@ -5,18 +5,11 @@
 // batch's tokens are cut into several parts, whoever finishes the last of them merges the sums, in
 // order, so that results do not depend on the threads.
 #include "isa.h"
+#include "partial_sums.h"
 #include "pooling_common.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
-
-// Unnormalised sums of one part of a batch's tokens.
-template <typename T>
-struct PoolSums {
-  T* out;      // (rows, width)
-  T* maximum;  // (rows), log2
-  T* sum;      // (rows)
-};
 
 template <typename T>
 struct PoolScratch {
@@ -24,8 +17,7 @@ struct PoolScratch {
   T* scores;
   T* buffer;
   TokenMoments<T>* moments;
-  T* merged;  // (width)
-  PoolSums<T> sums;
+  PartialSums<T> sums;  // of all rows, or of one where parts are merged
   int64_t query_batch;  // whose rows are in `query`; -1: nobody's
 };
 
@@ -33,15 +25,9 @@ template <typename T>
 struct PoolMemory {
   PoolPlan plan;
   PoolScratch<T>* scratch;
-  PoolSums<T> parts;  // of all tasks, one after the other, where there are several parts a batch
-  Counter* done;      // parts done, a batch
+  PartialSums<T> parts;  // of all tasks, one after the other, where there are several parts a batch
+  Counter* done;         // parts done, a batch
 };
-
-template <typename T>
-PoolSums<T> take_sums(const PoolPlan& plan, int64_t count, Arena& arena) {
-  return {arena.take<T>(count * plan.rows * plan.width), arena.take<T>(count * plan.rows),
-          arena.take<T>(count * plan.rows)};
-}
 
 template <typename S>
 PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Arena& arena) {
@@ -52,7 +38,7 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
   take_kept(m.plan, arena);
   m.scratch = arena.take<PoolScratch<T>>(plan.workers);
   if (plan.chunks > 1) {
-    m.parts = take_sums<T>(plan, plan.tasks, arena);
+    m.parts = take_sums<T>(plan.tasks * plan.rows, plan.width, arena);
     m.done = arena.take<Counter>(p.batch);
   }
   for (int64_t i = 0; i < plan.workers; ++i) {
@@ -61,11 +47,7 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
     s.scores = arena.take<T>(plan.rows * plan.columns);
     s.buffer = needs_buffer<S>(plan) ? arena.take<T>(plan.block * plan.width) : nullptr;
     s.moments = arena.take<TokenMoments<T>>(plan.block);
-    if (plan.chunks > 1) {
-      s.merged = arena.take<T>(plan.width);
-    } else {
-      s.sums = take_sums<T>(plan, 1, arena);
-    }
+    s.sums = take_sums<T>(plan.chunks > 1 ? 1 : plan.rows, plan.width, arena);
     s.query_batch = -1;
     if (arena.base != nullptr) m.scratch[i] = s;
   }
@@ -74,7 +56,7 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
 
 // Scores of one block become weights; padding columns get none.
 template <typename T>
-void soften_pool(const PoolPlan& plan, int64_t tokens, T* scores, const PoolSums<T>& sums) {
+void soften_pool(const PoolPlan& plan, int64_t tokens, T* scores, const PartialSums<T>& sums) {
   const int64_t columns = round_up(tokens, kLanes<T>);
   for (int64_t r = 0; r < plan.rows; ++r) {
     T* row = scores + r * plan.columns;
@@ -85,7 +67,7 @@ void soften_pool(const PoolPlan& plan, int64_t tokens, T* scores, const PoolSums
 
 template <typename S>
 void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compute<S>>& s,
-                const PoolSums<Compute<S>>& sums) {
+                const PartialSums<Compute<S>>& sums) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
   const int64_t wanted = p.query.stride_b == 0 ? 0 : range.b;
@@ -93,11 +75,7 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
     pack_pool_rows<S>(plan, p.query, wanted, static_cast<T>(p.scale * kLog2E), s.query);
     s.query_batch = wanted;
   }
-  for (int64_t i = 0; i < plan.rows * plan.width; ++i) sums.out[i] = T{0};
-  for (int64_t r = 0; r < plan.rows; ++r) {
-    sums.maximum[r] = -kInfinity<T>;
-    sums.sum[r] = T{0};
-  }
+  clear_sums(sums, plan.rows, plan.width);
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
@@ -109,41 +87,15 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
   }
 }
 
-// Row r of the sums, divided by its weights' sum, to the outputs of batch b.
+// Row 0 of the sums to the outputs of row r of batch b.
 template <typename S>
-void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r, Compute<S> maximum, Compute<S> sum,
-                    Compute<S>* out) {
+void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r,
+                    const PartialSums<Compute<S>>& sums) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
-  const T inverse = sum == T{0} ? T{0} : T{1} / sum;
-  for (int64_t c = 0; c < p.channels; ++c) out[c] *= inverse;
   const int64_t row = b * plan.rows + r;
-  store_row<S>(out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
-  static_cast<T*>(p.lse)[row] = log_sum(maximum, sum);
-}
-
-// One row of all parts of a batch; `out` (width) is room for the result.
-template <typename S>
-void merge_row(const PoolPlan& plan, const PoolSums<Compute<S>>& parts, int64_t b, int64_t r,
-               Compute<S>* out) {
-  using T = Compute<S>;
-  const int64_t start = b * plan.chunks * plan.rows + r;  // of part 0; parts are `rows` apart
-  T maximum = -kInfinity<T>;
-  for (int64_t i = 0; i < plan.chunks; ++i) {
-    const T m = parts.maximum[start + i * plan.rows];
-    maximum = m > maximum ? m : maximum;
-  }
-  T sum = T{0};
-  for (int64_t c = 0; c < plan.width; ++c) out[c] = T{0};
-  for (int64_t i = 0; i < plan.chunks; ++i) {
-    const int64_t at = start + i * plan.rows;
-    if (parts.sum[at] == T{0}) continue;
-    const T factor = exp2<T>(broadcast<T>(parts.maximum[at] - maximum))[0];
-    sum += parts.sum[at] * factor;
-    const T* from = parts.out + at * plan.width;
-    for (int64_t c = 0; c < plan.width; ++c) out[c] += from[c] * factor;
-  }
-  store_pool_row<S>(plan, b, r, maximum, sum, out);
+  static_cast<T*>(p.lse)[row] = finish_sums(sums, plan.width);
+  store_row<S>(sums.out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
 }
 
 template <typename S>
@@ -154,8 +106,7 @@ void pool_task(const PoolMemory<Compute<S>>& m, int64_t task, int64_t worker) {
     for (int64_t b = task * plan.group; b < min_of(plan.p->batch, (task + 1) * plan.group); ++b) {
       pool_range<S>(plan, range_of(plan, b, 0), s, s.sums);
       for (int64_t r = 0; r < plan.rows; ++r) {
-        store_pool_row<S>(plan, b, r, s.sums.maximum[r], s.sums.sum[r],
-                          s.sums.out + r * plan.width);
+        store_pool_row<S>(plan, b, r, sums_from(s.sums, r, plan.width));
       }
     }
     return;
@@ -163,9 +114,13 @@ void pool_task(const PoolMemory<Compute<S>>& m, int64_t task, int64_t worker) {
   const int64_t b = task / plan.chunks;
   const int64_t row = task * plan.rows;
   pool_range<S>(plan, range_of(plan, b, task % plan.chunks), s,
-                {m.parts.out + row * plan.width, m.parts.maximum + row, m.parts.sum + row});
+                sums_from(m.parts, row, plan.width));
   if (add(m.done[b], 1) + 1 < plan.chunks) return;
-  for (int64_t r = 0; r < plan.rows; ++r) merge_row<S>(plan, m.parts, b, r, s.merged);
+  for (int64_t r = 0; r < plan.rows; ++r) {  // the last part is done
+    merge_sums(sums_from(m.parts, b * plan.chunks * plan.rows + r, plan.width), plan.rows,
+               plan.chunks, plan.width, s.sums);
+    store_pool_row<S>(plan, b, r, s.sums);
+  }
 }
 
 template <typename S>
