@@ -3,6 +3,7 @@
 #   make demo      trains small models on real data with every cls_rope and prints a table
 #   make test      all tests            make lint      formatting, types, static analysis
 #   make build     the native parts     make format    formats the sources
+#   make bench     times everything beside its peers and the machine's limits (BENCH_FLAGS=--quick: 2 minutes)
 #   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make test-next-torch  the binary built for one torch, tested on a later one
 #   make test-old-x-transformers  the adapter on the oldest x-transformers it supports
@@ -17,6 +18,7 @@ OLD_X_TRANSFORMERS ?= x-transformers==2.11.23
 PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 bin := $(VENV)/bin
@@ -26,7 +28,7 @@ cpp_sources := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
 quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py)
 
-.PHONY: demo test build lint format sanitize test-next-torch test-old-x-transformers clean
+.PHONY: demo test build bench lint format sanitize test-next-torch test-old-x-transformers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-build
@@ -36,6 +38,9 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-build
 	$(bin)/python -m pytest $(PYTEST_FLAGS)
 
 build: $(VENV)/.stamp-build
+
+bench: $(VENV)/.stamp-test $(VENV)/.stamp-build
+	$(bin)/python -m benchmarks $(BENCH_FLAGS)
 
 # ---- environment ---------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ def info_lines(measure_seconds: float | None = 0.2) -> list[str]:
         ("torch", f"{torch.__version__} (built against {build['torch']}, works from {_minimum_torch()})"),
         ("x-transformers", _x_transformers()),
         ("compiler", f"{build['compiler']}, {build['build_type']}"),
-        ("processor", _processor()),
+        ("processor", processor()),
         ("instruction sets built", ", ".join(build["cpu_isas_built"])),
         ("supported here", ", ".join(build["cpu_isas_supported"])),
         ("in use", _isa()),
@@ -41,7 +41,7 @@ def info_lines(measure_seconds: float | None = 0.2) -> list[str]:
 def machine_lines() -> list[str]:
     """Two lines that say where figures come from."""
     versions = f"x_rope_cls {_C.build_info()['version']}, torch {torch.__version__}, x-transformers {_x_transformers()}"
-    return [f"{_processor()}; {torch.get_num_threads()} thread(s); instruction set {_C.cpu_isa()}", versions]
+    return [f"{processor()}; {torch.get_num_threads()} thread(s); instruction set {_C.cpu_isa()}", versions]
 
 
 def _minimum_torch() -> str:
@@ -80,7 +80,7 @@ def _x_transformers() -> str:
     return f"{version}{later}, tested from {OLDEST} to {NEWEST_TESTED}"
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

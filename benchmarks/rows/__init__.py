@@ -1,0 +1,1 @@
+"""The rows, one module for each subject; ``rows()`` of every module here is called (see ``benchmarks.case``)."""

@@ -1,0 +1,99 @@
+"""Timing of several sides by turns in one process."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+_LEAST_SAMPLE_SECONDS = 2e-3  # shorter calls are repeated, so that the clock's own cost does not count
+_MOST_CALLS = 2000
+_MOST_ROUNDS = 200
+_WARM_UP_SHARE = 0.1  # of the time for a row
+
+
+@dataclass
+class Samples:
+    """Times of one side; sample i of all sides is of the same round.
+
+    Attributes:
+        calls: how many calls one sample is the mean of.
+        wall: seconds a call.
+        cpu: seconds of processor time a call, of all threads.
+    """
+
+    calls: int
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[], Any]], seconds: float, rounds: int, flush: Callable[[], None] | None = None
+) -> dict[str, Samples]:
+    """Times all sides, A B A B, for about so many seconds.
+
+    Args:
+        sides: what to call, by name.
+        seconds: for all sides and rounds together, warm-up included.
+        rounds: the least number of rounds, however long that takes.
+        flush: called in front of every call, outside the time; None: caches stay warm.
+    """
+    samples = {name: Samples(1) for name in sides}
+    with _no_garbage_collection():
+        estimates = {name: _warm_up(run, _WARM_UP_SHARE * seconds / len(sides)) for name, run in sides.items()}
+        if flush is None:
+            for name, estimate in estimates.items():
+                samples[name].calls = min(_MOST_CALLS, max(1, math.ceil(_LEAST_SAMPLE_SECONDS / estimate)))
+        round_seconds = sum(estimates[name] * samples[name].calls for name in sides)
+        possible = int((1 - _WARM_UP_SHARE) * seconds / round_seconds)
+        for _ in range(min(_MOST_ROUNDS, max(rounds, possible))):
+            for name, run in sides.items():
+                _sample(run, samples[name], flush)
+    return samples
+
+
+def _sample(run: Callable[[], Any], samples: Samples, flush: Callable[[], None] | None) -> None:
+    if flush is not None:
+        flush()
+    cpu, wall = time.process_time(), time.perf_counter()
+    for _ in range(samples.calls):
+        run()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    samples.wall.append(wall / samples.calls)
+    samples.cpu.append(cpu / samples.calls)
+
+
+def _warm_up(run: Callable[[], Any], seconds: float) -> float:
+    """Calls for so long, at least once; returns the time of the fastest call."""
+    start = time.perf_counter()
+    best = math.inf
+    while True:
+        before = time.perf_counter()
+        run()
+        now = time.perf_counter()
+        best = min(best, now - before)
+        if now - start >= seconds:
+            return best
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
