@@ -4,6 +4,7 @@
 #   make test      all tests            make lint      formatting, types, static analysis
 #   make build     the native parts     make format    formats the sources
 #   make bench     times everything beside its peers and the machine's limits (BENCH_FLAGS=--quick: 2 minutes)
+#   make bench-native  micro-benchmarks of the kernels alone; needs Google Benchmark
 #   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make test-next-torch  the binary built for one torch, tested on a later one
 #   make test-old-x-transformers  the adapter on the oldest x-transformers it supports
@@ -19,16 +20,18 @@ PIP_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+# Of Google Benchmark, for example --benchmark_filter=avx512/attention
+BENCH_NATIVE_FLAGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
-cpp_sources := $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+cpp_sources := $(shell find csrc examples tests benchmarks -name '*.h' -o -name '*.cpp')
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
 quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py)
 
-.PHONY: demo test build bench lint format sanitize test-next-torch test-old-x-transformers clean
+.PHONY: demo test build bench bench-native lint format sanitize test-next-torch test-old-x-transformers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-build
@@ -41,6 +44,12 @@ build: $(VENV)/.stamp-build
 
 bench: $(VENV)/.stamp-test $(VENV)/.stamp-build
 	$(bin)/python -m benchmarks $(BENCH_FLAGS)
+
+bench-native: $(VENV)/.stamp-torch
+	$(bin)/cmake -S . -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DX_ROPE_CLS_TORCH=OFF \
+	    -DX_ROPE_CLS_PYTHON=OFF -DX_ROPE_CLS_NATIVE_BENCHMARKS=ON
+	$(bin)/cmake --build build/bench --parallel $(JOBS)
+	build/bench/benchmarks/native/kernels_bench $(BENCH_NATIVE_FLAGS)
 
 # ---- environment ---------------------------------------------------------------------------------
 

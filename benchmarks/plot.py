@@ -46,10 +46,12 @@ def _colour(reached: bool | None) -> str:
     return _NEUTRAL if reached is None else _REACHED if reached else _MISSED
 
 
-def _bars(axes: Any, labels: list[str], values: list[float], targets: list[float | None], colours: list[str]) -> None:
-    """Horizontal bars, first on top, with a mark at each target."""
+def _bars(
+    axes: Any, labels: list[str], values: list[float], targets: list[float | None], colours: list[str], start: float
+) -> None:
+    """Horizontal bars from start on, first on top, with a mark at each target."""
     places = list(range(len(labels)))
-    axes.barh(places, values, color=colours, height=0.7)
+    axes.barh(places, [value - start for value in values], left=start, color=colours, height=0.7)
     for place, target in zip(places, targets, strict=True):
         if target is not None:
             axes.plot([target, target], [place - 0.42, place + 0.42], color=_TARGET, linewidth=2)
@@ -70,6 +72,7 @@ def _ratios(results: Results) -> Any:
         [ratio.median for ratio in ratios],
         [peer.target for _, peer in found],
         [_colour(peer.reached) for _, peer in found],
+        start=1.0,
     )
     below = [ratio.median - ratio.low for ratio in ratios]
     above = [ratio.high - ratio.median for ratio in ratios]
@@ -94,6 +97,7 @@ def _shares(results: Results) -> Any:
         [100 * (row.share or 0.0) for row in rows],
         [None if row.share_target is None else 100 * row.share_target for row in rows],
         [_colour(row.share_reached) for row in rows],
+        start=0.0,
     )
     axes.axvline(100, color="#999999", linewidth=1, zorder=0)
     axes.set_xlabel("% of the machine's limit, measured in the same run; black mark: target (green: reached)")

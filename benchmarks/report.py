@@ -11,6 +11,7 @@ from .results import Results, RowResult, Spread
 _COLUMNS = ("row", "x_rope_cls", "beside", "its time", "times as fast", "target", "of limit", "target", "memory")
 _LEFT = (0, 2)
 _WIDTH = 170
+_UNITS = (("s", 1.0, 1.0), ("ms", 1e3, 1e-3), ("µs", 1e6, 0.0))  # name, units in a second, from how many seconds on
 
 
 def print_report(results: Results, path: Path) -> None:
@@ -76,7 +77,7 @@ def _mark(reached: bool | None) -> str:
 
 def _time(seconds: Spread) -> str:
     """12.3 (11.9–13.0) ms."""
-    unit, factor = ("ms", 1e3) if seconds.median >= 1e-3 else ("µs", 1e6)
+    unit, factor = next(((u, f) for u, f, least in _UNITS if seconds.median >= least), _UNITS[-1][:2])
     low, median, high = (f"{value * factor:.3g}" for value in (seconds.low, seconds.median, seconds.high))
     return f"{median} ({low}–{high}) {unit}"  # noqa: RUF001
 
