@@ -18,6 +18,9 @@ is k, in units of the dtype's last place. Loosening one needs a reason written h
   PyTorch subtracts a sum of its own rounded terms: with one key exactly.
 - The gradient of a bias that is broadcast is a sum of so many (S) of these, often of sum 0 (a constant bias changes
   nothing), and its error a random walk: k grows by sqrt(S) / 8.
+- Pooling and the modules around it (`CHAIN`): the folded queries and the pooled tokens are rounded before the next
+  matrix product, eager PyTorch rounds keys, scores and values instead; each of these intermediate values is up to a few
+  times larger than the results. Both k are multiplied by it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 SLACK = {torch.float64: 64.0, torch.float32: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+CHAIN = 4.0
 GRADIENT_SLACK = {torch.float64: 256.0, torch.float32: 64.0, torch.bfloat16: 8.0, torch.float16: 8.0}
 
 
