@@ -119,7 +119,9 @@ def pool_cases(draw: Any, dtypes: tuple[torch.dtype, ...] = DTYPES) -> PoolCase:
         maybe(key_heads * Dv),
         g.normal(C, dtype=dtype) if affine else None,
         g.normal(C, dtype=dtype) if affine and norm == "layer" else None,
-        g.normal(draw(st.sampled_from((1, B))), draw(st.integers(1, 3)), C, dtype=dtype) if draw(st.booleans()) else None,
+        g.normal(draw(st.sampled_from((1, B))), draw(st.integers(1, 3)), C, dtype=dtype)
+        if draw(st.booleans())
+        else None,
         key_mask,
         norm,
         draw(st.sampled_from((None, 0.3))),
