@@ -1,9 +1,10 @@
 """Rotary position embeddings for encoders whose CLS, memory and register tokens have no position.
 
 Operators (:func:`apply_rope`, :func:`rope_attention`, :func:`late_cls_pool`), the tables they take (:class:`Rotary` and
-the embeddings that make them), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers
-(:class:`Encoder`, :func:`swap_`, :func:`explain`), which are imported when first used and need x-transformers
-installed.
+the embeddings that make them), modules in which few queries pool all tokens (:class:`ClassAttention`, :class:`LateCLS`,
+:class:`AttentionPoolLatent`), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers
+(:class:`Encoder`, :class:`AttentionPool`, :func:`swap_`, :func:`explain`), which are imported when first used and need
+x-transformers installed.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from . import _library
 _library.load()
 
 from . import _C, reference  # noqa: E402  (the operators must be there)
+from .class_attention import ClassAttention  # noqa: E402
 from .functional import apply_rope, late_cls_pool, rope_attention  # noqa: E402
+from .late_cls import LateCLS  # noqa: E402
+from .latent_pool import AttentionPoolLatent  # noqa: E402
 from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding  # noqa: E402
 
 if TYPE_CHECKING:
+    from .xt.attention_pool import AttentionPool as AttentionPool
     from .xt.encoder import Encoder as Encoder
     from .xt.explain import explain as explain
     from .xt.swap import swap_ as swap_
@@ -27,7 +32,10 @@ if TYPE_CHECKING:
 __version__: str = _C.build_info()["version"]
 
 __all__ = [
+    "AttentionPoolLatent",
     "AxialRotaryEmbedding",
+    "ClassAttention",
+    "LateCLS",
     "LearnedRotaryEmbedding",
     "Rotary",
     "RotaryEmbedding",
@@ -37,7 +45,7 @@ __all__ = [
     "rope_attention",
 ]  # the lazy ones are left out, so that `from x_rope_cls import *` works without x-transformers
 
-_NEED_X_TRANSFORMERS = ("Encoder", "explain", "swap_")
+_NEED_X_TRANSFORMERS = ("AttentionPool", "Encoder", "explain", "swap_")
 
 
 def __getattr__(name: str) -> Any:

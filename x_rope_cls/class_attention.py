@@ -60,7 +60,9 @@ class ClassAttention(nn.Module):
         check_count("ClassAttention", "dim", dim, least=1)
         check_number("ClassAttention", "mlp_ratio", mlp_ratio, above=0)
         check_probability("ClassAttention", "drop_path", drop_path, below_one=True)
-        options = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        options: dict[str, Any] = {
+            key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None
+        }
         self.norm1 = norm_layer(dim, **options)
         self.attn = _Projections(dim, num_heads, qkv_bias, attn_drop, proj_drop, options)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -80,8 +80,12 @@ class AttentionPoolLatent(nn.Module):
             raise ValueError(f"{owner}: latent_dim must be {embed_dim} (embed_dim) without q_proj, got {latent_dim}")
         if pos_embed and feat_size is None:
             raise ValueError(f"{owner}: feat_size must be given with pos_embed={pos_embed!r}, got None")
+        if feat_size is not None:
+            check_count(owner, "feat_size", feat_size)
 
-        options = {key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None}
+        options: dict[str, Any] = {
+            key: value for key, value in (("device", device), ("dtype", dtype)) if value is not None
+        }
         self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.in_features, self.feat_size, self.latent_len, self.latent_dim = (
             in_features,
@@ -92,9 +96,7 @@ class AttentionPoolLatent(nn.Module):
         self.pool = pool_type
         self.pos_embed = None
         if pos_embed:
-            self.pos_embed = nn.Parameter(
-                torch.zeros(check_count(owner, "feat_size", feat_size), in_features, **options)
-            )
+            self.pos_embed = nn.Parameter(torch.zeros(feat_size or 0, in_features, **options))
         self.latent = nn.Parameter(torch.zeros(1, latent_len, latent_dim, **options))
         self.q = nn.Linear(latent_dim, embed_dim, bias=qkv_bias, **options) if q_proj else nn.Identity()
         self.kv = nn.Linear(in_features, embed_dim * 2, bias=qkv_bias, **options)
@@ -102,7 +104,9 @@ class AttentionPoolLatent(nn.Module):
         self.q_norm = head_norm(self.head_dim, **options) if qk_norm else nn.Identity()
         self.k_norm = head_norm(self.head_dim, **options) if qk_norm else nn.Identity()
 
-        self.proj, self.norm, self.mlp = nn.Identity(), nn.Identity(), None
+        self.proj: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        self.mlp: nn.Module | None = None
         self.proj_drop = nn.Dropout(check_probability(owner, "drop", drop))
         if out_features:
             check_number(owner, "mlp_ratio", mlp_ratio, above=0)

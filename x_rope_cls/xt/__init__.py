@@ -9,8 +9,9 @@ from x_transformers.x_transformers import Attention, AttentionLayers  # noqa: E4
 
 check_hooks(Attention, Attend, AttentionLayers)
 
+from .attention_pool import AttentionPool  # noqa: E402
 from .encoder import Encoder  # noqa: E402
 from .explain import Report, Row, explain  # noqa: E402
 from .swap import swap_  # noqa: E402
 
-__all__ = ["Encoder", "Report", "Row", "explain", "swap_"]
+__all__ = ["AttentionPool", "Encoder", "Report", "Row", "explain", "swap_"]
