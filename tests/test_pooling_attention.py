@@ -8,11 +8,11 @@ import hypothesis
 import pytest
 import torch
 from pooling_cases import PoolCase, call, plain, pool_cases
-from strategies import DTYPES, Generator, examples
+from strategies import Generator, examples
 from tolerance import CHAIN, GRADIENT_SLACK, SLACK, assert_close
 from torch import Tensor
 
-from x_rope_cls.pooling import Pooled, ordinary_reasons, pool_attention
+from x_rope_cls.pooling import Pooled
 
 FORMS = ("absorbed", "ordinary")
 

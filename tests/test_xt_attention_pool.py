@@ -51,7 +51,6 @@ OTHER: dict[str, dict[str, Any]] = {
     "output_gate": {"attn_kwargs": {"output_gate": True}},
     "latents": {"attn_kwargs": {"use_latent_q": True, "dim_latent_q": 12, "use_latent_kv": True, "dim_latent_kv": 12}},
     "l2_distance": {"attn_kwargs": {"l2_distance": True}},
-    "orthog": {"attn_kwargs": {"orthog_projected_values": True}},
     "talking_heads": {"attn_kwargs": {"pre_talking_heads": True, "post_talking_heads": True}},
     "topk": {"attn_kwargs": {"sparse_topk": 3}},
     "sigmoid": {"attn_kwargs": {"sigmoid": True}},
@@ -303,5 +302,5 @@ def test_forward_errors():
         pool(torch.randn(2, 5, DIM))
     with pytest.raises(ValueError, match=r"queries must be \(2, 1, 24\), got \(2, 3, 24\)"):
         pool(torch.randn(2, 5, 13), queries=torch.randn(2, 3, DIM))
-    with pytest.raises(RuntimeError, match="key_mask must be"):
+    with pytest.raises(ValueError, match=r"mask must be bool \(2, 5\), got torch.bool \(2, 4\)"):
         pool(torch.randn(2, 5, 13), torch.ones(2, 4, dtype=torch.bool))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from x_transformers import AttentionPool as XAttentionPool
 from x_transformers import CrossAttender
@@ -118,7 +120,7 @@ class AttentionPool(XAttentionPool):
         Raises:
             ValueError: shapes do not fit, or there are neither learned queries nor others.
         """
-        queries = self._check(context, queries)
+        queries = self._check(context, mask, queries)
         more: tuple[Any, ...] = ()
         if not kwargs and self._runs_plain():
             pooled, weights = self._pool(context, mask, queries, need_weights)
@@ -133,16 +135,18 @@ class AttentionPool(XAttentionPool):
             more = (*more, weights)
         return (pooled, *more) if more else pooled
 
-    def _check(self, context: Tensor, queries: Tensor | None) -> Tensor:
+    def _check(self, context: Tensor, mask: Tensor | None, queries: Tensor | None) -> Tensor:
         """The queries: learned ones as (1, queries, dim), others as (batch, queries, dim)."""
         if context.dim() != 3 or context.shape[2] != self.dim_context:
             got = tuple(context.shape)
             raise ValueError(f"AttentionPool: context must be (batch, tokens, {self.dim_context}), got {got}")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != context.shape[:2]):
+            found = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"AttentionPool: mask must be bool {tuple(context.shape[:2])}, got {found}")
         if queries is None:
             if not self.has_learned_queries:
                 raise ValueError("AttentionPool: queries must be given with num_pooled_tokens=0, got None")
-            learned: Tensor = self.queries[None]
-            return learned
+            return self.queries[None]  # type: ignore[no-any-return, index]
         count = 1 if self.squeeze_output else "queries"
         fits = queries.dim() == 3 and queries.shape[0] == context.shape[0] and queries.shape[2] == self.dim
         if not fits or (self.squeeze_output and queries.shape[1] != 1):
@@ -180,6 +184,8 @@ class AttentionPool(XAttentionPool):
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         queries = queries.expand(context.shape[0], -1, -1)
+        if mask is not None:  # so that no NaN in padding gets into gradients of projections
+            context = torch.where(mask[..., None], context, 0)
         if not need_weights:
             return self.pooler(queries, context, context_mask=mask, **kwargs), None
         flag = "return_intermediates" if isinstance(self.pooler, Attention) else "return_hiddens"
@@ -187,7 +193,11 @@ class AttentionPool(XAttentionPool):
         pooler = _with_maps(self.pooler)
         pooled, found = pooler(queries, context, context_mask=mask, **{flag: True}, **kwargs)
         last = found if isinstance(pooler, Attention) else found.attn_intermediates[-1]
-        return ((pooled, found) if wanted else pooled), last.post_softmax_attn
+        weights = last.post_softmax_attn
+        if mask is not None:  # x-transformers spreads the weights of a row without keys over masked ones
+            keys = F.pad(mask, (weights.shape[-1] - mask.shape[-1], 0), value=True)
+            weights = torch.where(keys[:, None, None], weights, 0)
+        return ((pooled, found) if wanted else pooled), weights
 
 
 def _with_maps(module: nn.Module) -> nn.Module:
