@@ -116,7 +116,8 @@ class ClassAttention(nn.Module):
             dropout_p=attn.attn_drop.p if self.training else 0.0,
             need_weights=need_weights,
         )
-        x_cls = self._add(x_cls, attn.proj_drop(attn.proj(pooled.out.flatten(2))), self.gamma_1)
+        out = attn.proj(pooled.out.flatten(2))
+        x_cls = self._add(x_cls, attn.proj_drop(out) if attn.proj_drop.p > 0 else out, self.gamma_1)
         x_cls = self._add(x_cls, self.mlp(self.norm2(x_cls)), self.gamma_2)
         if not need_weights:
             return x_cls

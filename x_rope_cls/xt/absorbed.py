@@ -8,11 +8,6 @@ from torch import nn
 
 from ..pooling import ordinary_reasons
 
-_VALUE_OPTIONS = {
-    "orthog_projected_values": "attn_orthog_projected_values needs the values",
-    "orthog_projected_values_per_head": "attn_orthog_projected_values needs the values",
-    "use_latent_kv": "attn_use_latent_kv makes keys and values from latents",
-}
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
 
 
@@ -29,24 +24,26 @@ def absorbed_reasons(attention: Any, queries: int | None = None) -> tuple[str, .
     if queries is not None:
         key_dim, value_dim = (p.weight.shape[0] // key_heads for p in (attention.to_k, attention.to_v))
         sizes.update(queries=queries, heads=attention.heads, key_heads=key_heads, key_dim=key_dim, value_dim=value_dim)
+        sizes.update(dtype=attention.to_k.weight.dtype)
     return option_reasons(attention) or ordinary_reasons(dropout=dropout, **sizes)
 
 
 def option_reasons(attention: Any) -> tuple[str, ...]:
     """Options of an Attention of x-transformers for which keys and values have to be formed, whatever the call."""
     attend = attention.attend
-
-    def has(*names: str) -> bool:
-        return any(_is_set(getattr(attention, name, None)) for name in names)
-
     reasons = ordinary_reasons(
-        key_norm=has("qk_norm", "k_rmsnorm"),
-        value_norm=has("value_rmsnorm", "laser"),
+        key_norm=attention.qk_norm or _has(attention, "k_rmsnorm"),
+        value_norm=attention.laser or _has(attention, "value_rmsnorm"),
         key_memory=bool(attention.num_mem_kv or attend.add_zero_kv or attend.head_learned_sink),
-        position_bias=has("data_dependent_alibi", "rel_proj_pos_bias") or attend.l2_distance,
+        position_bias=attend.l2_distance
+        or _has(attention, "data_dependent_alibi")
+        or _has(attention, "rel_proj_pos_bias"),
         attn_mask=attention.max_attend_past is not None,
     )
-    reasons += tuple(text for name, text in _VALUE_OPTIONS.items() if has(name))
+    if attention.orthog_projected_values or attention.orthog_projected_values_per_head:
+        reasons += ("attn_orthog_projected_values needs the values",)
+    if attention.use_latent_kv:
+        reasons += ("attn_use_latent_kv makes keys and values from latents",)
     for name in ("to_k", "to_v"):
         projection = type(getattr(attention, name))
         if projection is not nn.Linear:
@@ -57,8 +54,9 @@ def option_reasons(attention: Any) -> tuple[str, ...]:
 
 def is_plain(attention: Any) -> bool:
     """Whether queries are one projection and the result nothing but an output projection: no gates, no scales."""
-    return not any(_is_set(getattr(attention, name, None)) for name in _GATES)
+    return not any([_has(attention, name) for name in _GATES])  # noqa: C419 (a generator takes longer than the checks)
 
 
-def _is_set(value: Any) -> bool:
+def _has(attention: Any, name: str) -> bool:
+    value = getattr(attention, name, None)  # not there in older versions
     return value is not None and value is not False
