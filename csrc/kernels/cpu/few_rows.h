@@ -108,38 +108,46 @@ constexpr int64_t dot_rows_next(int64_t rows) {
   return rows >= 3 && rows != 4 ? 3 : min_of<int64_t>(rows, 2);
 }
 
+// f(first row, rows, first token, the tokens' states) for every tile of rows and kDotTokens tokens;
+// behind the last token it is repeated.
+template <typename S, typename F>
+X_ROPE_CLS_INLINE void for_each_dot_tile(int64_t rows, const TokenBlock<S>& x, F&& f) {
+  constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
+  for (int64_t start = 0; start < rows; start += kTogether) {
+    const int64_t end = min_of(rows, start + kTogether);
+    for (int64_t n = 0; n < x.tokens; n += kDotTokens) {
+      const S* token[kDotTokens];
+      for (int j = 0; j < kDotTokens; ++j) {
+        token[j] = x.data + min_of(n + j, x.tokens - 1) * x.stride;
+      }
+      for (int64_t r = start; r < end;) {
+        const int64_t take = dot_rows_next(end - r);
+        f(r, take, n, token);
+        r += take;
+      }
+    }
+  }
+}
+
 // out[r * out_stride + n] = <a_r, x_n>, columns up to the next multiple of kDotTokens are written.
 // channels: a multiple of the lanes.
 template <typename T>
 void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
               T* out, int64_t out_stride) {
-  constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
-  for (int64_t start = 0; start < rows; start += kTogether) {
-    const int64_t end = min_of(rows, start + kTogether);
-    for (int64_t n = 0; n < x.tokens; n += kDotTokens) {
-      const auto token = [&](int64_t j) { return x.data + min_of(n + j, x.tokens - 1) * x.stride; };
-      const T* const x0 = token(0);
-      const T* const x1 = token(1);
-      const T* const x2 = token(2);
-      const T* const x3 = token(3);
-      for (int64_t r = start; r < end;) {
-        const int64_t take = dot_rows_next(end - r);
-        const T* const left = a + r * a_stride;
-        T* const to = out + r * out_stride + n;
-        const auto run = [&](auto tile) {
-          tile(left, a_stride, x0, x1, x2, x3, channels, to, out_stride);
-        };
-        if constexpr (kManyRegisters) {
-          if (take == 6) run(dot_tile<T, 6>);
-          if (take == 4) run(dot_tile<T, 4>);
-        }
-        if (take == 3) run(dot_tile<T, 3>);
-        if (take == 2) run(dot_tile<T, 2>);
-        if (take == 1) run(dot_tile<T, 1>);
-        r += take;
-      }
+  for_each_dot_tile(rows, x, [&](int64_t r, int64_t take, int64_t n, const auto& token) {
+    const T* const left = a + r * a_stride;
+    T* const to = out + r * out_stride + n;
+    const auto run = [&](auto tile) {
+      tile(left, a_stride, token[0], token[1], token[2], token[3], channels, to, out_stride);
+    };
+    if constexpr (kManyRegisters) {
+      if (take == 6) run(dot_tile<T, 6>);
+      if (take == 4) run(dot_tile<T, 4>);
     }
-  }
+    if (take == 3) run(dot_tile<T, 3>);
+    if (take == 2) run(dot_tile<T, 2>);
+    if (take == 1) run(dot_tile<T, 1>);
+  });
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ struct PoolGradScratch {
   T* grads;   // (block, width): gradients of the (normalised) tokens
   T* raw;     // (width): one token before its normalisation
   TokenMoments<T>* moments;
+  DotScratch dots;
 };
 
 template <typename T>
@@ -53,10 +54,11 @@ PoolGradMemory<Compute<S>> take_pool_grad_memory(const PoolBackwardParams& g, in
     s.scores = arena.take<T>(2 * plan.rows * plan.columns);
     s.shift = arena.take<T>(plan.rows);
     s.delta = arena.take<T>(plan.rows);
-    s.buffer = needs_buffer<S>(plan) ? arena.take<T>(plan.block * plan.width) : nullptr;
+    s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
     s.grads = arena.take<T>(plan.block * plan.width);
     s.raw = arena.take<T>(plan.width);
     s.moments = arena.take<TokenMoments<T>>(plan.block);
+    s.dots = take_dot_scratch(plan, 2 * plan.rows, arena);
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;
@@ -71,6 +73,12 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
   T* grads = s.stack + plan.rows * plan.width;
   pack_pool_rows<S>(plan, p.query, b, static_cast<T>(p.scale * kLog2E), s.stack);
   pack_pool_rows<S>(plan, g.grad, b, T{1}, grads);
+  if constexpr (kHasDots<S>) {
+    if (plan.dots) {
+      copy_pool_rows<S>(plan, p.query, b, s.dots.rows);
+      copy_pool_rows<S>(plan, g.grad, b, s.dots.rows + plan.rows * plan.width);
+    }
+  }
   for (int64_t r = 0; r < plan.rows; ++r) {
     const int64_t row = b * plan.rows + r;
     const T lse = static_cast<const T*>(p.lse)[row] * static_cast<T>(kLog2E);
@@ -189,6 +197,15 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
   prepare_rows<S>(plan, g, b, s);
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
+    if constexpr (kHasDots<S>) {
+      if (plan.dots) {
+        const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
+        pool_score_grads(plan, count, s);
+        if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
+        sum_dots(plan, x, s.scores, 0, s.dots, sums);
+        continue;
+      }
+    }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
     pool_score_grads(plan, count, s);
@@ -244,6 +261,7 @@ void finish_row(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParams& g
   }
   const int64_t slots = shared ? m.slots : plan.chunks;
   T* sum = add_slots(m, task % plan.rows, task / plan.rows * slots, slots);
+  order_channels<S>(plan, sum);
   for (int64_t c = 0; c < p.channels; ++c) sum[c] *= static_cast<T>(p.scale * kLog2E);
   store_row<S>(sum, 1, p.channels, static_cast<S*>(g.dquery) + task * p.channels);
 }

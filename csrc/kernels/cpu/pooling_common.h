@@ -8,6 +8,7 @@
 #include "arena.h"
 #include "convert.h"
 #include "few_rows.h"
+#include "few_rows_bf16.h"
 #include "softmax.h"
 #include "tasks.h"
 #include "vec.h"
@@ -34,6 +35,7 @@ struct PoolPlan {
   int64_t tasks;    // ceil(batch / group) * chunks
   int64_t workers;
   bool in_place;        // tokens can be read where they are
+  bool dots;            // and in bfloat16, multiplied without conversion
   int32_t* kept;        // (batch, tokens): tokens that are not masked, ascending; null: all count
   int64_t* kept_count;  // (batch)
 };
@@ -45,7 +47,11 @@ PoolPlan make_pool_plan(const PoolParams& p, int64_t most_workers, int64_t produ
   plan.p = &p;
   plan.rows = p.heads * p.queries;
   plan.width = round_up(p.channels, kLanes<T>);
-  const int64_t fits = kPoolBlockBytes / (plan.width * static_cast<int64_t>(sizeof(T)));
+  const bool dense = p.x.stride_c == 1 && p.norm == PoolNorm::kNone;
+  plan.in_place = __is_same(S, T) && dense && plan.width == p.channels;
+  plan.dots = kHasDots<S> && dense && p.channels % kDotChannels == 0;
+  const size_t size = plan.dots ? sizeof(S) : sizeof(T);
+  const int64_t fits = kPoolBlockBytes / (plan.width * static_cast<int64_t>(size));
   const int64_t block = max_of<int64_t>(16, min_of(kPoolMostTokens, fits)) / 16 * 16;
   plan.block = max_of<int64_t>(kDotTokens, min_of(block, round_up(p.tokens, kDotTokens)));
   plan.columns = round_up(plan.block, kLanes<T>) + kLanes<T>;
@@ -58,8 +64,6 @@ PoolPlan make_pool_plan(const PoolParams& p, int64_t most_workers, int64_t produ
                        static_cast<double>(p.batch * p.tokens) *
                        static_cast<double>(p.channels * plan.rows);
   plan.workers = useful_workers(most_workers, flops, kPoolFlopsPerWorker);
-  plan.in_place =
-      __is_same(S, T) && p.x.stride_c == 1 && plan.width == p.channels && p.norm == PoolNorm::kNone;
   return plan;
 }
 
@@ -109,6 +113,15 @@ template <typename S>
 X_ROPE_CLS_INLINE const S* row4(const Tensor4& t, int64_t b, int64_t row, int64_t queries) {
   return static_cast<const S*>(t.data) + b * t.stride_b + row / queries * t.stride_h +
          row % queries * t.stride_n;
+}
+
+// The rows as they are, one after the other.
+template <typename S>
+void copy_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, S* to) {
+  for (int64_t r = 0; r < plan.rows; ++r, to += plan.width) {
+    const S* from = row4<S>(t, b, r, plan.p->queries);
+    for (int64_t c = 0; c < plan.p->channels; ++c) to[c] = from[c * t.stride_d];
+  }
 }
 
 // Dense rows of the compute type, times `factor`, padded with zeros.
@@ -215,10 +228,68 @@ TokenBlock<Compute<S>> read_block(const PoolPlan& plan, const TokenRange& range,
   return {buffer, plan.width, count};
 }
 
-// Bytes of a block's buffers, where tokens may have to be copied.
+// The same without conversion: dense channels, where they are or one after the other in `buffer`.
 template <typename S>
-bool needs_buffer(const PoolPlan& plan) {
-  return !plan.in_place || plan.p->key_mask != nullptr;
+TokenBlock<S> read_block_raw(const PoolPlan& plan, const TokenRange& range, int64_t first,
+                             int64_t count, S* buffer) {
+  const PoolParams& p = *plan.p;
+  const int64_t start = range.token(first);
+  if (range.token(first + count - 1) - start == count - 1) {
+    return {token_at<const S>(p.x, range.b, start), p.x.stride_n, count};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const S* from = token_at<const S>(p.x, range.b, range.token(first + i));
+    __builtin_memcpy(buffer + i * plan.width, from, static_cast<size_t>(p.channels) * sizeof(S));
+  }
+  return {buffer, plan.width, count};
+}
+
+// Whether tokens may have to be copied.
+static inline bool needs_buffer(const PoolPlan& plan) {
+  return !(plan.in_place || plan.dots) || plan.p->key_mask != nullptr;
+}
+
+// What products in bfloat16 dot products need beside the rest.
+struct DotScratch {
+  BFloat16* rows;     // (rows or twice as many, width): queries, and gradients of pooled
+  BFloat16* weights;  // (rows, columns)
+  BFloat16* buffer;   // (block, width)
+};
+static inline DotScratch take_dot_scratch(const PoolPlan& plan, int64_t rows, Arena& arena) {
+  if (!plan.dots) return {};
+  return {arena.take<BFloat16>(rows * plan.width), arena.take<BFloat16>(plan.rows * plan.columns),
+          needs_buffer(plan) ? arena.take<BFloat16>(plan.block * plan.width) : nullptr};
+}
+
+#ifdef __AVX512BF16__
+// Scores of `rows` stacked rows with one block, those of queries times scale * log2(e).
+static inline TokenBlock<BFloat16> score_dots(const PoolPlan& plan, const TokenRange& range,
+                                              int64_t first, int64_t count, int64_t rows,
+                                              const DotScratch& s, float* scores) {
+  const auto x = read_block_raw<BFloat16>(plan, range, first, count, s.buffer);
+  dot_rows(s.rows, plan.width, rows, x, plan.width, scores, plan.columns);
+  const float factor = static_cast<float>(plan.p->scale * kLog2E);
+  for (int64_t i = 0; i < plan.rows * plan.columns; ++i) scores[i] *= factor;
+  return x;
+}
+
+// out += weights of the queries' rows times the block, in the order of natural_order.
+static inline void sum_dots(const PoolPlan& plan, const TokenBlock<BFloat16>& x,
+                            const float* weights, int64_t ahead, const DotScratch& s, float* out) {
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    round_weights(weights + r * plan.columns, x.tokens, s.weights + r * plan.columns);
+  }
+  sum_rows(s.weights, plan.columns, plan.rows, x, plan.width, ahead, out, plan.width);
+}
+#endif
+
+// Puts a finished row of sums in order.
+template <typename S>
+X_ROPE_CLS_INLINE void order_channels([[maybe_unused]] const PoolPlan& plan,
+                                      [[maybe_unused]] Compute<S>* row) {
+  if constexpr (kHasDots<S>) {
+    if (plan.dots) natural_order(row, plan.width);
+  }
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ struct PoolScratch {
   T* scores;
   T* buffer;
   TokenMoments<T>* moments;
+  DotScratch dots;
   PartialSums<T> sums;  // of all rows, or of one where parts are merged
   int64_t query_batch;  // whose rows are in `query`; -1: nobody's
 };
@@ -45,8 +46,9 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
     PoolScratch<T> s{};
     s.query = arena.take<T>(plan.rows * plan.width);
     s.scores = arena.take<T>(plan.rows * plan.columns);
-    s.buffer = needs_buffer<S>(plan) ? arena.take<T>(plan.block * plan.width) : nullptr;
+    s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
     s.moments = arena.take<TokenMoments<T>>(plan.block);
+    s.dots = take_dot_scratch(plan, plan.rows, arena);
     s.sums = take_sums<T>(plan.chunks > 1 ? 1 : plan.rows, plan.width, arena);
     s.query_batch = -1;
     if (arena.base != nullptr) m.scratch[i] = s;
@@ -72,18 +74,32 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
   const PoolParams& p = *plan.p;
   const int64_t wanted = p.query.stride_b == 0 ? 0 : range.b;
   if (s.query_batch != wanted) {
-    pack_pool_rows<S>(plan, p.query, wanted, static_cast<T>(p.scale * kLog2E), s.query);
+    if constexpr (kHasDots<S>) {
+      if (plan.dots) copy_pool_rows<S>(plan, p.query, wanted, s.dots.rows);
+    }
+    if (!plan.dots) {
+      pack_pool_rows<S>(plan, p.query, wanted, static_cast<T>(p.scale * kLog2E), s.query);
+    }
     s.query_batch = wanted;
   }
   clear_sums(sums, plan.rows, plan.width);
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
+    const bool more = i + 2 * count <= range.last;
+    if constexpr (kHasDots<S>) {
+      if (plan.dots) {
+        const auto x = score_dots(plan, range, i, count, plan.rows, s.dots, s.scores);
+        soften_pool(plan, count, s.scores, sums);
+        const int64_t ahead = more && x.data != s.dots.buffer ? count * x.stride : 0;
+        sum_dots(plan, x, s.scores, ahead, s.dots, sums.out);
+        continue;
+      }
+    }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.query, plan.width, plan.rows, x, plan.width, s.scores, plan.columns);
     soften_pool(plan, count, s.scores, sums);
-    const bool more = x.data != s.buffer && i + 2 * count <= range.last;
-    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, more ? count * x.stride : 0,
-             sums.out, plan.width);
+    const int64_t ahead = more && x.data != s.buffer ? count * x.stride : 0;
+    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
 }
 
@@ -95,6 +111,7 @@ void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r,
   const PoolParams& p = *plan.p;
   const int64_t row = b * plan.rows + r;
   static_cast<T*>(p.lse)[row] = finish_sums(sums, plan.width);
+  order_channels<S>(plan, sums.out);
   store_row<S>(sums.out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
 }
 
