@@ -14,7 +14,7 @@ import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 from xt_emulation import emulated, exact_softmax, rotated_heads
 
-from x_rope_cls.xt import attention
+from x_rope_cls.xt import attention, devices
 
 TOLERANCE = 1e-9
 WITHOUT_ROTATION = ("no_rotary", "polar", "rel_pos_bias", "dynamic_pos_bias")
@@ -90,7 +90,7 @@ def test_without_operators(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ours = _make(name, cls_rope="mask", num_prefix_tokens=2, num_suffix_tokens=1)
     inputs = cases.make_inputs(ours, tokens=8)
     expected = cases.run(ours, inputs)
-    monkeypatch.setattr(attention, "FUSED_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(devices, "FUSED_DEVICE_TYPES", frozenset())
     monkeypatch.setattr(attention, "fused_attention", None)
     assert not x_rope_cls.explain(ours).fused or not len(x_rope_cls.explain(ours))
     cases.assert_same(cases.run(ours, inputs), expected, TOLERANCE)

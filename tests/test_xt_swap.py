@@ -239,7 +239,7 @@ def test_explain_sees_attention_outside_encoders() -> None:
         ({"rotate": [1, 0]}, TypeError, "rotate must be bool, got torch.int64"),
         ({"rotate": [[True]]}, ValueError, r"rotate must be of shape \(tokens,\), got \(1, 1\)"),
         ({"rotate": [True], "num_prefix_tokens": 1}, ValueError, "rotate must be None beside token counts"),
-        ({"late_cls": "join"}, NotImplementedError, "late_cls must be None in this version, got 'join'"),
+        ({"late_cls": "both"}, ValueError, "late_cls must be one of .*, got 'both'"),
         (
             {"rotary_pos_emb": False, "polar_pos_emb": True, "num_prefix_tokens": 1},
             ValueError,

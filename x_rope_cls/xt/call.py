@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..functional import ClsRope
 from ..tables import Rotary
+from .joined import JoinedCall
 from .positions import PositionTables
 
 
@@ -28,6 +29,8 @@ class AttentionCall:
         unrotated_heads: how many of the first heads are not rotated.
         attn_mask: the caller's bool mask, held back so that key padding stays a (batch, keys) mask.
         prev_attn: scores of an earlier layer, as x-transformers passes them.
+        joined: the sequence is CLS, which has come late, and tokens.
+        keep_maps: the attention map will be looked at, with ``attn_flash`` too.
     """
 
     tables: PositionTables | None
@@ -36,6 +39,8 @@ class AttentionCall:
     unrotated_heads: int
     attn_mask: Tensor | None
     prev_attn: Any
+    joined: JoinedCall | None = None
+    keep_maps: bool = False
 
     @property
     def cls_rope(self) -> ClsRope:

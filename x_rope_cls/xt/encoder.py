@@ -14,6 +14,8 @@ from x_transformers.x_transformers import Attention, AttentionLayers
 from .._checks import check_choice, check_count
 from ..functional import ClsRope
 from .attention import convert_attention
+from .late import LateCls, configure_late
+from .late_layers import forward_late
 from .options import CLS_ROPES, as_rotate
 from .positions import PositionTables, check_frequencies, from_frequencies
 
@@ -25,8 +27,13 @@ class RopeEncoderMixin(AttentionLayers):
         cls_rope: what happens to tokens without a position.
         num_prefix_tokens, num_suffix_tokens: how many tokens in front and at the end have no position.
         rotate: bool (tokens,), True: the token has a position; None: the counts decide.
+        late_cls, late_cls_at, num_cls_tokens: see :class:`Encoder`.
+        late_cls_tokens: parameter (cls, dim), or None where CLS tokens do not enter late or are passed to forward.
     """
 
+    late_cls: LateCls | None = None  # also of encoders that were pickled by a version without it
+    late_cls_at: int
+    num_cls_tokens: int
     cls_rope: ClsRope
     num_prefix_tokens: int
     num_suffix_tokens: int
@@ -38,23 +45,46 @@ class RopeEncoderMixin(AttentionLayers):
         # The class after this one, which is not what a bare super() means when cls comes from elsewhere.
         cls._forward_arguments = tuple(inspect.signature(super(RopeEncoderMixin, cls).forward).parameters)[2:]  # noqa: UP008
 
-    def forward(self, x: Tensor, *args: Any, rotate: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        rotate: Any = None,
+        cls_tokens: Tensor | None = None,
+        need_weights: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As x_transformers' Encoder.
 
         Args:
-            x: (batch, tokens, dim).
+            x: (batch, tokens, dim). With late CLS this, and everything that is counted in tokens, is without CLS.
             *args: those of x_transformers' Encoder.
             **kwargs: those of x_transformers' Encoder. ``rotary_pos_emb`` may also be a :class:`Rotary`.
             rotate: bool (tokens,) or (batch, tokens), True: the token has a position. Takes the place of the counts
                 given to the constructor. With ``mems``, it may also cover mems and tokens; else mems have positions.
+            cls_tokens: (cls, dim) or (batch, cls, dim), in the place of the encoder's own late CLS tokens.
+            need_weights: also return, last, the attention maps of late CLS: a list with (batch, heads, cls,
+                cls + tokens) for each self-attention layer from the entry on, without dropout. Memory key/values and
+                mems, which such a map leaves out, may have a share too.
+
+        Returns:
+            What x_transformers' Encoder returns, with late CLS in front of the tokens: (batch, cls + tokens, dim). Of
+            the intermediates, ``hiddens``, which mems are made of, hold tokens alone; the other hidden states have CLS
+            in front once it is there.
 
         Raises:
-            ValueError: ``rotate`` or ``rotary_pos_emb`` does not fit the tokens, or tokens have no position but there
-                is no rotary embedding whose effect on them could be chosen.
+            TypeError, ValueError: ``rotate``, ``rotary_pos_emb`` or ``cls_tokens`` does not fit the tokens; tokens have
+                no position but there is no rotary embedding whose effect on them could be chosen; there are no CLS
+                tokens, or no late CLS for them to be.
         """
         kwargs.update(zip(self._forward_arguments, args, strict=False))
         if not isinstance(kwargs.get("rotary_pos_emb"), PositionTables):
             self._prepare_tables(x, rotate, kwargs)
+        if self.late_cls is not None:
+            return forward_late(self, x, cls_tokens, need_weights, kwargs)
+        if cls_tokens is not None or need_weights:
+            what = "cls_tokens" if cls_tokens is not None else "need_weights"
+            raise ValueError(f"Encoder: {what} must not be given without late_cls, got {what}")
         return super().forward(x, **kwargs)
 
     def _prepare_tables(self, x: Tensor, rotate: Any, kwargs: dict[str, Any]) -> None:
@@ -120,22 +150,42 @@ class RopeEncoderMixin(AttentionLayers):
 class Encoder(RopeEncoderMixin, XEncoder):
     """x_transformers.Encoder, same parameters and state_dict, with attention through this package's operator.
 
+    Late CLS: CLS tokens do not exist in the first layers, which cost what they cost without them. At a late
+    self-attention layer they enter and attend to themselves and to all tokens, as in CaiT (Touvron et al., "Going
+    deeper with image transformers", ICCV 2021): with that layer's weights, unrotated, and without any bias or mask
+    over pairs (alibi, relative positions, attn_max_attend_past, attn_mask), which are about positions that they do not
+    have. Then ``late_cls`` decides:
+
+    - "class_attention": the remaining layers update CLS alone, each by attention of this kind with its own weights. The
+      tokens stay as they are, and the output is final_norm of those. Where the layer's options allow, keys and values
+      are never formed (see :func:`x_rope_cls.explain`).
+    - "join": in the entry layer the tokens attend to each other as always; from then on CLS and tokens are one sequence
+      in which CLS has no position: no pair with CLS is rotated, whatever ``cls_rope`` says of other tokens, and no bias
+      or mask over pairs applies to one.
+
+    There are no weights but those of the layers, and ``late_cls_tokens``: the state_dict of an encoder without late CLS
+    lacks this key alone. Where layers look back at earlier ones (U-net skips, layer integration, residual streams), CLS
+    had been there unchanged; add_value_residual and residual_attn have nothing of it there. What mixes tokens in
+    another way than attention (shift_tokens, the mean of mv_split_residual, hybrid modules) never mixes CLS with them.
+
     Args:
         cls_rope: what happens to the scores of tokens without a position (CLS, memory, registers): "rotate", as
             x-transformers does, like any other token; "skip": their queries and keys are not rotated; "mask": no pair
             that one of them is part of is rotated.
-        num_prefix_tokens: how many tokens in front have no position.
+        num_prefix_tokens: how many tokens in front have no position. Late CLS tokens are not counted.
         num_suffix_tokens: how many tokens at the end have no position.
         rotate: instead of the counts, a bool (tokens,), True: the token has a position.
-        late_cls: None; other values are not available in this version.
-        late_cls_at: of late_cls.
-        num_cls_tokens: of late_cls.
+        late_cls: "class_attention" or "join", see above; None: no CLS tokens enter.
+        late_cls_at: which self-attention layer CLS enters at, in the order of execution; counts from the end if
+            negative. The default is the penultimate one. What stands in front of that attention in its block (the first
+            feed-forward of ``macaron``) still has tokens alone.
+        num_cls_tokens: how many CLS tokens enter late; 0: they are passed to every forward as ``cls_tokens``.
         **kwargs: any option of x_transformers.Encoder.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of range, or an option of x-transformers leaves
-            nothing for cls_rope to choose.
-        NotImplementedError: late_cls is not None.
+            nothing for cls_rope to choose, or late CLS no meaning: only_cross (there is no layer to enter at) and
+            attn_flash_pack_seq (the sequences in one row would share their CLS tokens).
     """
 
     def __init__(
@@ -145,15 +195,14 @@ class Encoder(RopeEncoderMixin, XEncoder):
         num_prefix_tokens: int = 0,
         num_suffix_tokens: int = 0,
         rotate: Any = None,
-        late_cls: None = None,
+        late_cls: LateCls | None = None,
         late_cls_at: int = -2,
         num_cls_tokens: int = 1,
         **kwargs: Any,
     ) -> None:
-        if late_cls is not None:
-            raise NotImplementedError(f"Encoder: late_cls must be None in this version, got {late_cls!r}")
         super().__init__(**kwargs)
         configure(self, cls_rope, num_prefix_tokens, num_suffix_tokens, rotate)
+        configure_late(self, late_cls, late_cls_at, num_cls_tokens)
 
 
 def configure(encoder: Any, cls_rope: ClsRope, num_prefix_tokens: int, num_suffix_tokens: int, rotate: Any) -> None:

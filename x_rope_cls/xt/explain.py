@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn
 from x_transformers.x_transformers import Attention, AttentionLayers
 
-from . import attention as attention_module
+from . import devices
 from .attention import RopeAttention
 from .encoder import RopeEncoderMixin, attention_layers
 from .swap import special_tokens
@@ -108,7 +108,7 @@ def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
     attend: Any = attention.attend
     device = next(attention.parameters()).device.type
     reasons = list(attend.composite_reasons)
-    if device not in attention_module.FUSED_DEVICE_TYPES:
+    if device not in devices.FUSED_DEVICE_TYPES:
         reasons.append(f"no kernel for {device} in this build")
     if reasons:
         return Row(name, kind, False, "; ".join(reasons), cls_rope, "x_transformers")

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..functional import rope_attention
-from ..tables import Rotary
 from .call import AttentionCall, Masks, with_zero_key
 
 
@@ -29,6 +28,22 @@ def fused_attention(
     Returns:
         (batch, heads, queries, value_dim).
     """
+    return with_sink(attend, *softmax_attention(attend, q, k, v, masks, bias, call))
+
+
+def with_sink(attend: Any, out: Tensor, lse: Tensor) -> Tensor:
+    """The option attn_head_learned_sink: a logit beside the keys takes its share, exp(sink) of exp(lse) + exp(sink)."""
+    if not attend.head_learned_sink:
+        return out
+    share = torch.sigmoid(lse - attend.head_attn_sink[:, None])
+    shared: Tensor = out * share[..., None].to(out.dtype)
+    return shared
+
+
+def softmax_attention(
+    attend: Any, q: Tensor, k: Tensor, v: Tensor, masks: Masks, bias: Tensor | None, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    """As :func:`fused_attention` but for the sink; returns the logsumexp (batch, heads, queries) too."""
     heads, key_heads = q.shape[1], k.shape[1]
     groups = heads // key_heads if key_heads else 1
     if attend.add_zero_kv:
@@ -44,27 +59,6 @@ def fused_attention(
     if attend.l2_distance:
         bias = _add(bias, _key_norms(k, groups, scale))
         scale = 2 * scale
-    out = _attend(attend, q, k, v, masks, bias, rotary, rotary_k, call, scale)
-    return _ungroup_heads(out, key_heads) if permute else out
-
-
-def _attend(
-    attend: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    masks: Masks,
-    bias: Tensor | None,
-    rotary: Rotary | None,
-    rotary_k: Rotary | None,
-    call: AttentionCall,
-    scale: float,
-) -> Tensor:
-    dropout = attend.attn_dropout if not attend.flash else None
-    if dropout is not None:
-        dropout_p = dropout.p if dropout.training else 0.0
-    else:
-        dropout_p = attend.dropout if attend.training else 0.0
     out, lse = rope_attention(
         q,
         k,
@@ -74,16 +68,20 @@ def _attend(
         cls_rope=call.cls_rope,
         attn_mask=masks.pairs if bias is None else masks.merge_into(bias),
         key_mask=masks.keys_for(q.shape[0]),
-        dropout_p=dropout_p,
+        dropout_p=dropout_probability(attend),
         scale=scale,
         return_lse=True,
     )
-    if not attend.head_learned_sink:
-        return out
-    # A learned logit beside the keys takes its share of the softmax: exp(lse) of exp(lse) + exp(sink) is left.
-    share = torch.sigmoid(lse - _group_heads_of_sink(attend.head_attn_sink, q, k)[:, None])
-    shared: Tensor = out * share[..., None].to(out.dtype)
-    return shared
+    if not permute:
+        return out, lse
+    return _ungroup_heads(out, key_heads), _ungroup_heads(lse[..., None], key_heads)[..., 0]
+
+
+def dropout_probability(attend: Any) -> float:
+    """With which probability this Attend drops a weight now."""
+    if attend.flash:
+        return attend.dropout if attend.training else 0.0
+    return attend.attn_dropout.p if attend.attn_dropout.training else 0.0
 
 
 def _key_norms(k: Tensor, groups: int, scale: float) -> Tensor:
@@ -117,10 +115,3 @@ def _group_heads_of_mask(mask: Tensor | None, heads: int, key_heads: int) -> Ten
     *batch, _, queries, keys = mask.shape
     split = mask.view(*batch, heads // key_heads, key_heads, queries, keys)
     return split.transpose(-4, -3).reshape(mask.shape)
-
-
-def _group_heads_of_sink(sink: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    heads, key_heads = q.shape[1], k.shape[1]
-    if heads == key_heads or key_heads == 1:
-        return sink
-    return sink.view(heads // key_heads, key_heads).t().reshape(-1)

@@ -24,12 +24,15 @@ class PositionTables:
         keys: the same tokens as keys; another object only where xpos scales queries and keys apart.
         cls_rope: what happens to tokens without a position.
         preserves_norm: the tables turn vectors without stretching them.
+        memory_turns: memory key/values are keys like those with a position, at which the tables are the identity. Only
+            "mask" sees a difference.
     """
 
     queries: Rotary
     keys: Rotary
     cls_rope: ClsRope
     preserves_norm: bool = True
+    memory_turns: bool = False
     _made: list[tuple[Rotary, int, int, Rotary]] = field(default_factory=list, repr=False)
     _contexts: list[tuple[Any, PositionTables]] = field(default_factory=list, repr=False)
 
@@ -56,8 +59,37 @@ class PositionTables:
             if source is frequencies:
                 return made
         made = from_frequencies(frequencies, cls_rope=self.cls_rope)
+        made.memory_turns = self.memory_turns
         self._contexts.append((frequencies, made))
         return made
+
+    def with_cls(self, num_cls: int, num_tokens: int) -> PositionTables:
+        """Tables of a sequence in which CLS tokens stand in front of the last ``num_tokens`` and have no position.
+
+        CLS is as in "mask" whatever the mode. Tokens stay as they were: "rotate" and "skip" are "mask" in which every
+        token has a position, for "skip" with the identity as the tables of those that have none.
+        """
+
+        def insert(rotary: Rotary) -> Rotary:
+            at = rotary.cos.shape[-2] - num_tokens
+            rotate = rotary.rotate
+            if self.cls_rope == "skip":
+                rotary = _still(rotary)
+            if rotate is None or self.cls_rope != "mask":
+                rotate = torch.ones(rotary.cos.shape[-2], dtype=torch.bool, device=rotary.cos.device)
+            front, last = _first(rotary, at), _last(rotary, num_tokens)
+            cls = _pad_front(last, num_cls, False)
+            return Rotary(
+                torch.cat((front.cos, cls.cos), dim=-2),
+                torch.cat((front.sin, cls.sin), dim=-2),
+                torch.cat((rotate[..., :at], F.pad(rotate[..., at:], (num_cls, 0), value=False)), dim=-1),
+                rotary.interleaved,
+            )
+
+        queries = insert(self.queries)
+        keys = queries if self.keys is self.queries else insert(self.keys)
+        turns = self.memory_turns or self.cls_rope != "mask"
+        return PositionTables(queries, keys, "mask", self.preserves_norm, turns)
 
     def _derive(self, base: Rotary, tokens: int, front: int, heads: int, unrotated_heads: int) -> Rotary:
         length = base.cos.shape[-2]
@@ -69,7 +101,7 @@ class PositionTables:
                 return made
         if tokens > length:
             raise ValueError(f"Encoder: rotary_pos_emb must have a row for each of {tokens} tokens, got {length}")
-        derived = _pad_front(_last(base, tokens), front)
+        derived = _pad_front(_last(base, tokens), front, self.memory_turns)
         if unrotated_heads:
             derived = _leave_heads(derived, heads, unrotated_heads)
         self._made.append((base, front, unrotated_heads, derived))
@@ -167,8 +199,22 @@ def _last(rotary: Rotary, tokens: int) -> Rotary:
     return Rotary(rotary.cos[..., start:, :], rotary.sin[..., start:, :], rotate, rotary.interleaved)
 
 
-def _pad_front(rotary: Rotary, front: int) -> Rotary:
-    """Identity rows in front: not turned where every row is used, and marked as having no position."""
+def _first(rotary: Rotary, tokens: int) -> Rotary:
+    rotate = None if rotary.rotate is None else rotary.rotate[..., :tokens]
+    return Rotary(rotary.cos[..., :tokens, :], rotary.sin[..., :tokens, :], rotate, rotary.interleaved)
+
+
+def _still(rotary: Rotary) -> Rotary:
+    """The identity as the tables of tokens without a position."""
+    if rotary.rotate is None:
+        return rotary
+    turns = rotary.rotate[..., None] if rotary.rotate.dim() == 1 else rotary.rotate[:, None, :, None]
+    cos, sin = torch.where(turns, rotary.cos, 1.0), torch.where(turns, rotary.sin, 0.0)
+    return Rotary(cos, sin, rotary.rotate, rotary.interleaved)
+
+
+def _pad_front(rotary: Rotary, front: int, turns: bool) -> Rotary:
+    """Identity rows in front, not turned where every row is used; unless ``turns``, they are without a position."""
     if front == 0:
         return rotary
     rotate = rotary.rotate
@@ -177,7 +223,7 @@ def _pad_front(rotary: Rotary, front: int) -> Rotary:
     return Rotary(
         F.pad(rotary.cos, (0, 0, front, 0), value=1.0),
         F.pad(rotary.sin, (0, 0, front, 0)),
-        F.pad(rotate, (front, 0), value=False),
+        F.pad(rotate, (front, 0), value=turns),
         rotary.interleaved,
     )
 
