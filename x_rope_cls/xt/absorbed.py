@@ -11,43 +11,57 @@ from ..pooling import ordinary_reasons
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
 
 
-def absorbed_reasons(attention: Any, queries: int | None = None) -> tuple[str, ...]:
+def absorbed_reasons(
+    attention: Any, queries: int | None = None, *, memory_apart: bool = False, late_cls: bool = False
+) -> tuple[str, ...]:
     """Why an Attention of x-transformers forms keys and values in this call; empty: it does not.
 
     Args:
         attention: an x_transformers Attention, in training or not.
         queries: number of queries of one sequence; None: the cost is not judged.
+        memory_apart: keys that are no tokens are attended to apart, and the two merged.
+        late_cls: queries are late CLS tokens, which no position bias or mask over pairs applies to.
     """
+    options = option_reasons(attention, memory_apart=memory_apart, late_cls=late_cls)
+    if options:
+        return options
     dropout = attention.attend.training and attention.attend.dropout > 0
+    if queries is None:
+        return ordinary_reasons(dropout=dropout)
     key_heads = attention.kv_heads
-    sizes: dict[str, Any] = {}
-    if queries is not None:
-        key_dim, value_dim = (p.weight.shape[0] // key_heads for p in (attention.to_k, attention.to_v))
-        sizes.update(queries=queries, heads=attention.heads, key_heads=key_heads, key_dim=key_dim, value_dim=value_dim)
-        sizes.update(dtype=attention.to_k.weight.dtype)
-    return option_reasons(attention) or ordinary_reasons(dropout=dropout, **sizes)
+    key_dim, value_dim = (p.weight.shape[0] // key_heads for p in (attention.to_k, attention.to_v))
+    return ordinary_reasons(
+        queries=queries,
+        heads=attention.heads,
+        key_heads=key_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        dtype=attention.to_k.weight.dtype,
+        dropout=dropout,
+    )
 
 
-def option_reasons(attention: Any) -> tuple[str, ...]:
+def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool = False) -> tuple[str, ...]:
     """Options of an Attention of x-transformers for which keys and values have to be formed, whatever the call."""
     attend = attention.attend
+    biased = _has(attention, "data_dependent_alibi") or _has(attention, "rel_proj_pos_bias")
     reasons = ordinary_reasons(
         key_norm=attention.qk_norm or _has(attention, "k_rmsnorm"),
         value_norm=attention.laser or _has(attention, "value_rmsnorm"),
-        key_memory=bool(attention.num_mem_kv or attend.add_zero_kv or attend.head_learned_sink),
-        position_bias=attend.l2_distance
-        or _has(attention, "data_dependent_alibi")
-        or _has(attention, "rel_proj_pos_bias"),
-        attn_mask=attention.max_attend_past is not None,
+        key_memory=not memory_apart and bool(attention.num_mem_kv or attend.add_zero_kv or attend.head_learned_sink),
+        position_bias=attend.l2_distance or (biased and not late_cls),
+        attn_mask=attention.max_attend_past is not None and not late_cls,
     )
-    if attention.orthog_projected_values or attention.orthog_projected_values_per_head:
+    if not late_cls and (attention.orthog_projected_values or attention.orthog_projected_values_per_head):
         reasons += ("attn_orthog_projected_values needs the values",)
     if attention.use_latent_kv:
         reasons += ("attn_use_latent_kv makes keys and values from latents",)
     for name in ("to_k", "to_v"):
-        projection = type(getattr(attention, name))
-        if projection is not nn.Linear:
-            reasons += (f"{name} is a {projection.__name__}, not a Linear",)
+        module = getattr(attention, name)
+        if type(module) is not nn.Linear:
+            reasons += (f"{name} is a {type(module).__name__}, not a Linear",)
+        elif module._forward_hooks or module._forward_pre_hooks:
+            reasons += (f"{name} has hooks",)
     composite: tuple[str, ...] = attend.composite_reasons
     return reasons + composite
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from x_transformers.x_transformers import Attention
 
+from .absorbed import absorbed_reasons
 from .call import AttentionCall
-from .few import Keys, absorbed_view, call_reasons, foldable_norm
+from .devices import takes_operators
+from .few import Keys, absorbed_view, foldable_norm
 from .view import View
 
 _LEFT_OUT: dict[str, None] = dict.fromkeys(("max_attend_past", "data_dependent_alibi", "rel_proj_pos_bias"))
@@ -32,7 +34,8 @@ class ClassStep:
         mem_mask: bool (batch, mems).
         key_residual: added to the tokens that keys and values are made of.
         polar: what x-transformers passes as ``polar_pos_emb``.
-        value_residual: values of the first self attention.
+        add_values: the encoder adds values of its first self attention to those of all others.
+        value_residual: these values; None in the first.
         values_have_cls: these hold values of CLS too.
         keep_values: intermediates hold the values of all keys, not of CLS alone.
         keep_maps: the attention map is asked for.
@@ -53,6 +56,7 @@ class ClassStep:
         mem_mask: Tensor | None,
         key_residual: Tensor | None,
         polar: Any,
+        add_values: bool,
         value_residual: Tensor | None,
         values_have_cls: bool,
         keep_values: bool,
@@ -62,28 +66,18 @@ class ClassStep:
         self.tokens, self.norm, self.condition, self.shift = tokens, norm, condition, shift
         self.mask, self.mem_mask = mask, mem_mask
         self.key_residual, self.polar = key_residual, polar
+        self.add_values = add_values
         self.value_residual, self.values_have_cls, self.keep_values = value_residual, values_have_cls, keep_values
         self.keep_maps, self.previous = keep_maps, previous
         self.weights: Tensor | None = None
 
     def attend(self, attention: Any, x: Tensor, kwargs: dict[str, Any]) -> Any:
         """Attention.forward for CLS rows x: (batch, cls, dim) or three of them, normalised."""
-        if self.reasons(attention, x):
+        if not takes_operators(x) or step_reasons(
+            attention, x.shape[-2], self.add_values, self.polar is not None, self.tokens.dim() == 4
+        ):
             return self._ordinary(attention, x, kwargs)
         return self._absorbed(attention, x, kwargs)
-
-    def reasons(self, attention: Any, x: Tensor) -> tuple[str, ...]:
-        """Why keys and values have to be formed; empty: they are not."""
-        reasons = list(call_reasons(attention, x.shape[-2], x))
-        if self.previous is not None:
-            reasons.append("scores of an earlier layer are added")
-        if self.value_residual is not None or self.keep_values:
-            reasons.append("add_value_residual mixes values of two layers")
-        if self.polar is not None:
-            reasons.append("polar_pos_emb changes keys")
-        if self.tokens.dim() == 4:
-            reasons.append("keys and values are made of different residuals")
-        return tuple(reasons)
 
     def _absorbed(self, attention: Any, x: Tensor, kwargs: dict[str, Any]) -> Any:
         folded = None
@@ -158,6 +152,28 @@ class ClassStep:
             ],
             dim=-1,
         )
+
+
+def step_reasons(
+    attention: Any, queries: int | None, add_values: bool, polar: bool, different_residuals: bool
+) -> tuple[str, ...]:
+    """Why keys and values of the tokens have to be formed for CLS rows; empty: they are not.
+
+    Args:
+        attention: the layer.
+        queries: number of CLS rows; None: the cost is not judged.
+        add_values: see :class:`ClassStep`.
+        polar: the encoder has polar_pos_emb.
+        different_residuals: queries, keys and values each read their own mix of residuals.
+    """
+    reasons = absorbed_reasons(attention, queries, memory_apart=True, late_cls=True)
+    if add_values:
+        reasons += ("add_value_residual mixes the values of two layers",)
+    if polar:
+        reasons += ("polar_pos_emb changes keys",)
+    if different_residuals:
+        reasons += ("keys and values are made of different residuals",)
+    return reasons
 
 
 class _Values:

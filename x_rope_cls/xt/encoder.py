@@ -38,12 +38,15 @@ class RopeEncoderMixin(AttentionLayers):
     num_prefix_tokens: int
     num_suffix_tokens: int
     rotate: Tensor | None
+    has_own_forward: bool  # it was swapped from a class that is not x-transformers'
     _forward_arguments: tuple[str, ...]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # The class after this one, which is not what a bare super() means when cls comes from elsewhere.
-        cls._forward_arguments = tuple(inspect.signature(super(RopeEncoderMixin, cls).forward).parameters)[2:]  # noqa: UP008
+        following = super(RopeEncoderMixin, cls).forward  # noqa: UP008
+        cls._forward_arguments = tuple(inspect.signature(following).parameters)[2:]
+        cls.has_own_forward = following is not AttentionLayers.forward
 
     def forward(
         self,

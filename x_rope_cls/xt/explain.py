@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 from torch import nn
@@ -11,7 +11,9 @@ from x_transformers.x_transformers import Attention, AttentionLayers
 
 from . import devices
 from .attention import RopeAttention
+from .class_step import step_reasons
 from .encoder import RopeEncoderMixin, attention_layers
+from .late import entry_position, late_roles
 from .swap import special_tokens
 from .version import installed_version
 
@@ -25,11 +27,14 @@ class Row:
 
     Attributes:
         layer: path of the module in the model.
-        kind: "self", "cross", or "other" for attention outside an encoder's layers.
-        fused: attention runs in this package's operator.
-        reason: why it does not; else what a call may pass that makes it take the composite path, or "".
+        kind: "self", "cross", or "other" for attention outside an encoder's layers; "class": late CLS attends to itself
+            and to all tokens.
+        fused: attention runs in this package's operators.
+        reason: why it does not; for late CLS in the ordinary form, why keys and values are formed; else "".
         cls_rope: what happens to tokens without a position.
         backend: what computes the attention.
+        form: of attention of late CLS: "absorbed" (keys and values of the tokens are never formed), "ordinary" or
+            "composite"; "" for other layers.
     """
 
     layer: str
@@ -38,6 +43,7 @@ class Row:
     reason: str
     cls_rope: str
     backend: str
+    form: str = ""
 
 
 class Report(Sequence[Row]):
@@ -66,7 +72,8 @@ class Report(Sequence[Row]):
         return all(row.fused for row in self.rows)
 
     def __str__(self) -> str:
-        names = [field.name for field in fields(Row)]
+        late = any(row.form for row in self.rows)
+        names = [field.name for field in fields(Row) if late or field.name != "form"]
         cells = [[_cell(getattr(row, name)) for name in names] for row in self.rows]
         widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
         lines = ["  ".join(map(str.ljust, row, widths)) for row in [names, *cells]]
@@ -84,7 +91,8 @@ def explain(model: nn.Module) -> Report:
         model: any module with x-transformers attention somewhere in it, swapped or not.
 
     Returns:
-        One row for each attention layer, in the order of the model's modules.
+        One row for each attention layer, in the order of the model's modules; two for a layer in which tokens attend to
+        tokens and late CLS to all.
     """
     encoders = [(name, m) for name, m in model.named_modules() if isinstance(m, AttentionLayers)]
     owner: dict[int, tuple[str, AttentionLayers]] = {}
@@ -92,13 +100,38 @@ def explain(model: nn.Module) -> Report:
         for layer_type, attention in attention_layers(encoder):
             owner[id(attention)] = (_KINDS[layer_type], encoder)
     rows = [
-        _row(name, module, *owner.get(id(module), ("other", None)))
+        row
         for name, module in model.named_modules()
         if isinstance(module, Attention)
+        for row in _rows(name, module, *owner.get(id(module), ("other", None)))
     ]
     notes = [note for name, encoder in encoders for note in _notes(name, encoder)]
     notes += [note for name, module in model.named_modules() for note in _uncounted(name, module)]
     return Report(rows, [*notes, f"x-transformers {installed_version()}"])
+
+
+def _rows(name: str, attention: Attention, kind: str, encoder: Any) -> list[Row]:
+    row = _row(name, attention, kind, encoder)
+    if kind != "self" or getattr(encoder, "late_cls", None) is None:
+        return [row]
+    early, pools = late_roles(encoder, attention)
+    rows = [row] if early or not pools else []
+    return [*rows, _class_row(row, attention, encoder)] if pools else rows
+
+
+def _class_row(row: Row, attention: Attention, encoder: Any) -> Row:
+    """The row of late CLS in a self-attention layer."""
+    if not row.fused:
+        return replace(row, kind="class", form="composite")
+    own = encoder.late_cls_tokens
+    reasons = step_reasons(
+        attention,
+        None if own is None else own.shape[0],
+        encoder.add_value_residual,
+        getattr(encoder, "polar_pos_emb", None) is not None,
+        attention.qkv_receive_diff_residuals,
+    )
+    return replace(row, kind="class", form="ordinary" if reasons else "absorbed", reason="; ".join(reasons))
 
 
 def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
@@ -120,7 +153,7 @@ def _notes(name: str, encoder: AttentionLayers) -> list[str]:
     where = name or type(encoder).__name__
     if not isinstance(encoder, RopeEncoderMixin):
         return []
-    notes = [f"{where}: {_positions(encoder)}"]
+    notes = [f"{where}: {_positions(encoder)}", *_late_notes(where, encoder)]
     if encoder.rotary_pos_emb is None:
         notes.append(f"{where}: no rotary_pos_emb, so nothing is rotated unless forward is given one")
     bias = next((b for b in (encoder.rel_pos, encoder.layers) if _is_bias(b)), None)
@@ -128,6 +161,20 @@ def _notes(name: str, encoder: AttentionLayers) -> list[str]:
         notes.append(f"{where}: position biases still see tokens without a position; cls_rope is about rotation only")
     notes.append(f"{where}: calls with prev_attn, attn_delta, causal=True or under torch.func take the composite path")
     return notes
+
+
+def _late_notes(where: str, encoder: Any) -> list[str]:
+    if encoder.late_cls is None:
+        return []
+    order = encoder.layers_execute_order
+    position = entry_position(encoder.layer_types, order, encoder.late_cls_at)
+    own = encoder.late_cls_tokens
+    count = "CLS tokens passed to forward" if own is None else f"{own.shape[0]} CLS tokens"
+    then = {
+        "class_attention": "from there on they alone are updated",
+        "join": "from there on they are part of the sequence",
+    }[encoder.late_cls]
+    return [f"{where}: {count} enter at layers.{order[position]}, step {position + 1} of {len(order)}; {then}"]
 
 
 def _uncounted(name: str, wrapper: nn.Module) -> list[str]:

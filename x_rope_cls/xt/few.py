@@ -10,17 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from x_transformers import x_transformers as xt
 from x_transformers.attend import Intermediates
 from x_transformers.x_transformers import Attention
 
 from .._layers import TokenNorm
-from ..pooling import ordinary_reasons, pool_attention
+from ..pooling import pool_attention
+from .absorbed import absorbed_reasons
 from .call import AttentionCall, Masks
 from .composite import attention_maps
 from .devices import takes_operators
-from .fused import dropout_probability, softmax_attention, with_sink
+from .fused import softmax_attention, with_sink
 from .lazy import LazyIntermediates
 from .view import View
 
@@ -64,48 +65,9 @@ class Keys:
         self.weights: Tensor | None = None
 
 
-def layer_reasons(attention: Any, queries: int) -> tuple[str, ...]:
-    """Why a layer forms keys and values for so many queries, whatever it is called with; empty: it need not."""
-    attend = attention.attend
-    reasons = list(attend.composite_reasons)
-    if attention.use_latent_kv:
-        reasons.append("attn_use_latent_kv projects keys and values twice")
-    if attend.l2_distance:
-        reasons.append("attn_l2_distance needs the lengths of keys")
-    if not (_is_plain(attention.to_k) and _is_plain(attention.to_v)):
-        reasons.append("to_k or to_v is not a plain linear layer")
-    else:
-        reasons += ordinary_reasons(
-            queries=queries,
-            heads=attention.heads,
-            key_heads=attention.kv_heads,
-            key_dim=attention.to_k.out_features // attention.kv_heads,
-            value_dim=attention.to_v.out_features // attention.kv_heads,
-            key_norm=attention.qk_norm or attention.k_rmsnorm is not None,
-            value_norm=attention.value_rmsnorm is not None or attention.laser,
-            dropout=dropout_probability(attend) > 0,
-        )
-    return tuple(reasons)
-
-
-def call_reasons(attention: Any, queries: int, x: Tensor) -> tuple[str, ...]:
-    """The same, with what depends on where and how the call runs."""
-    reasons = layer_reasons(attention, queries)
-    return reasons if takes_operators(x) else (*reasons, "no operators here")
-
-
-def _is_plain(module: Any) -> bool:
-    kind = type(module)
-    return kind is nn.Linear and module.bias is None and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def foldable_norm(norm: Any, dim: int) -> TokenNorm | None:
     """The normalisation of an x-transformers module as the operator does it, or None if it cannot."""
-    if norm is None or _has_hooks(norm):
+    if norm is None or norm._forward_hooks or norm._forward_pre_hooks:
         return None
     kind = type(norm)
     if kind is xt.LayerNorm:
@@ -125,15 +87,11 @@ def attend_from_few(attention: Any, x: Tensor, kwargs: dict[str, Any]) -> Any:
         kwargs: the other arguments of its forward, with ``context``.
     """
     context = kwargs.get("context")
-    if context is None or context.dim() != 3 or x.dim() != 3 or attention.max_attend_past is not None:
+    if context is None or context.dim() != 3 or x.dim() != 3 or not takes_operators(x):
         return None
-    if any(kwargs.get(name) is not None for name in _MORE_THAN_POOLING):
+    if any([kwargs.get(name) is not None for name in _MORE_THAN_POOLING]):  # noqa: C419 (quicker than a generator)
         return None
-    if attention.orthog_projected_values or attention.orthog_projected_values_per_head:
-        return None
-    if attention.data_dependent_alibi is not None or getattr(attention, "rel_proj_pos_bias", None) is not None:
-        return None
-    if call_reasons(attention, x.shape[-2], x):
+    if absorbed_reasons(attention, x.shape[-2], memory_apart=True):
         return None
     mask = kwargs.get("context_mask")
     keys = Keys(context, None, None if mask is None else mask.expand(context.shape[0], -1))

@@ -23,27 +23,34 @@ _STD = 0.02
 
 
 def configure_late(encoder: Any, late_cls: LateCls | None, late_cls_at: int, num_cls_tokens: int) -> None:
-    """Gives an encoder its late CLS tokens, or takes them away.
+    """Gives an encoder late CLS tokens, or takes them away. As many as it had stay the same parameter.
 
     Raises:
-        TypeError, ValueError: see :class:`x_rope_cls.Encoder`.
+        TypeError, ValueError: see :func:`check_late`.
     """
-    tokens = None
-    if late_cls is not None:
-        check_choice("Encoder", "late_cls", late_cls, LATE_CLS)
-        check_count("Encoder", "num_cls_tokens", num_cls_tokens)
-        _check_options(encoder, late_cls)
-        entry_position(encoder.layer_types, encoder.layers_execute_order, late_cls_at)
-        if num_cls_tokens > 0:
-            like = next(encoder.parameters())
-            tokens = nn.Parameter(torch.empty(num_cls_tokens, encoder.dim, device=like.device, dtype=like.dtype))
-            nn.init.normal_(tokens, std=_STD)
+    check_late(encoder, late_cls, late_cls_at, num_cls_tokens)
+    tokens = getattr(encoder, "late_cls_tokens", None)
+    count = num_cls_tokens if late_cls is not None else 0
+    if count == 0:
+        tokens = None
+    elif tokens is None or tokens.shape[0] != count:
+        like = next(encoder.parameters())
+        tokens = nn.Parameter(torch.empty(count, encoder.dim, device=like.device, dtype=like.dtype))
+        nn.init.normal_(tokens, std=_STD)
     encoder.late_cls, encoder.late_cls_at, encoder.num_cls_tokens = late_cls, late_cls_at, num_cls_tokens
     encoder.register_parameter("late_cls_tokens", tokens)
 
 
-def _check_options(encoder: Any, late_cls: str) -> None:
-    """Refuses what leaves no meaning for CLS tokens that enter late."""
+def check_late(encoder: Any, late_cls: LateCls | None, late_cls_at: int, num_cls_tokens: int) -> None:
+    """Checks settings of late CLS, and refuses what leaves them no meaning.
+
+    Raises:
+        TypeError, ValueError: see :class:`x_rope_cls.Encoder`.
+    """
+    if late_cls is None:
+        return
+    check_choice("Encoder", "late_cls", late_cls, LATE_CLS)
+    check_count("Encoder", "num_cls_tokens", num_cls_tokens)
     if "a" not in encoder.layer_types:
         raise ValueError(f"Encoder: late_cls must be None without self-attention layers to enter at, got {late_cls!r}")
     if any(getattr(module, "flash_pack_seq", False) for module in encoder.modules()):
@@ -51,6 +58,12 @@ def _check_options(encoder: Any, late_cls: str) -> None:
             "Encoder: late_cls must be None with attn_flash_pack_seq, whose rows hold several sequences and would "
             f"share their CLS tokens, got {late_cls!r}"
         )
+    if encoder.has_own_forward:
+        raise ValueError(
+            f"Encoder: late_cls must be None for {type(encoder).__name__}, whose own forward would run without it, "
+            f"got {late_cls!r}"
+        )
+    entry_position(encoder.layer_types, encoder.layers_execute_order, late_cls_at)
 
 
 def entry_position(layer_types: Sequence[str], order: Sequence[int], late_cls_at: int) -> int:
@@ -66,6 +79,15 @@ def entry_position(layer_types: Sequence[str], order: Sequence[int], late_cls_at
         expected = f"from {-len(found)} to {len(found) - 1} for {len(found)} self-attention layers"
         raise ValueError(f"Encoder: late_cls_at must be {expected}, got {late_cls_at}")
     return found[late_cls_at]
+
+
+def late_roles(encoder: Any, attention: nn.Module) -> tuple[bool, bool]:
+    """Whether a self-attention layer of an encoder serves tokens, and whether late CLS attends in it to all."""
+    order, joins = encoder.layers_execute_order, encoder.late_cls == "join"
+    entry = entry_position(encoder.layer_types, order, encoder.late_cls_at)
+    positions = [p for p, i in enumerate(order) if any(m is attention for m in encoder.layers[i].modules())]
+    tokens = any(position < entry or joins for position in positions)
+    return tokens, any(position == entry or (position > entry and not joins) for position in positions)
 
 
 def given_cls_tokens(encoder: Any, cls_tokens: Any, x: Tensor) -> Tensor:

@@ -229,6 +229,7 @@ class _SelfAttention:
             mem_mask=mem_mask,
             key_residual=kwargs.get("kv_input_residual"),
             polar=kwargs.get("polar_pos_emb"),
+            add_values=call.encoder.add_value_residual,
             value_residual=values,
             values_have_cls=values is not None and values is call.late_values,
             keep_values=call.encoder.add_value_residual and not call.joins,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from torch import nn
+from x_transformers import ContinuousTransformerWrapper, ViTransformerWrapper
 from x_transformers import Encoder as XEncoder
-from x_transformers import ViTransformerWrapper
 
 from ..functional import ClsRope
 from .encoder import Encoder, RopeEncoderMixin, configure
+from .late import LateCls, check_late, configure_late
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -20,6 +21,9 @@ def swap_(
     num_prefix_tokens: int | None = None,
     num_suffix_tokens: int | None = None,
     rotate: Any = None,
+    late_cls: LateCls | None = None,
+    late_cls_at: int | None = None,
+    num_cls_tokens: int | None = None,
 ) -> Model:
     """Makes the encoder of a model one of this package, in place, with the same parameters and state_dict.
 
@@ -34,13 +38,18 @@ def swap_(
         num_prefix_tokens: how many tokens in front have no position; None: as the wrapper says.
         num_suffix_tokens: how many tokens at the end have no position; None: as the wrapper says.
         rotate: instead of the counts, a bool (tokens,), True: the token has a position.
+        late_cls: let CLS tokens enter late, see :class:`x_rope_cls.Encoder`; the model gets a parameter for them, and
+            its output CLS rows in front. For an Encoder, or a ContinuousTransformerWrapper that neither takes rows off
+            the output nor averages over it. None: as before.
+        late_cls_at: None: as before, at first -2.
+        num_cls_tokens: None: as before, at first 1.
 
     Returns:
         model itself.
 
     Raises:
         TypeError: model is something else.
-        ValueError: see :class:`x_rope_cls.Encoder`.
+        ValueError: see :class:`x_rope_cls.Encoder`; or late_cls is given for a wrapper that would not know of CLS.
     """
     encoder = _find_encoder(model)
     if isinstance(model, RopeEncoderMixin) and rotate is num_prefix_tokens is num_suffix_tokens is None:
@@ -49,7 +58,11 @@ def swap_(
     previous = encoder.__class__
     if not isinstance(encoder, RopeEncoderMixin):
         encoder.__class__ = _swapped_class(previous)
+    late = _late_settings(encoder, late_cls, late_cls_at, num_cls_tokens)
     try:
+        if late_cls is not None:
+            _check_wrapper(model, late_cls)
+        check_late(encoder, *late)
         configure(
             encoder,
             cls_rope,
@@ -60,7 +73,31 @@ def swap_(
     except (TypeError, ValueError):
         encoder.__class__ = previous
         raise
+    configure_late(encoder, *late)
     return model
+
+
+def _late_settings(
+    encoder: Any, late_cls: LateCls | None, late_cls_at: int | None, num_cls_tokens: int | None
+) -> tuple[LateCls | None, int, int]:
+    """What is not given is as the encoder has it."""
+    return (
+        encoder.late_cls if late_cls is None else late_cls,
+        getattr(encoder, "late_cls_at", -2) if late_cls_at is None else late_cls_at,
+        getattr(encoder, "num_cls_tokens", 1) if num_cls_tokens is None else num_cls_tokens,
+    )
+
+
+def _check_wrapper(model: nn.Module, late_cls: str) -> None:
+    """Refuses late CLS in a wrapper that would take its rows for something else."""
+    if isinstance(model, XEncoder):
+        return
+    name = type(model).__name__
+    if not isinstance(model, ContinuousTransformerWrapper):
+        raise ValueError(f"swap_: late_cls must be None for {name}, which knows nothing of CLS rows, got {late_cls!r}")
+    for option in ("has_memory_tokens", "average_pool_embed"):
+        if getattr(model, option, False):
+            raise ValueError(f"swap_: late_cls must be None for {name} with {option}, got {late_cls!r}")
 
 
 def special_tokens(model: nn.Module) -> tuple[int, int]:
