@@ -39,7 +39,7 @@ def rows() -> list[Row]:
                         backward=backward,
                         tolerance=1e-3,
                         series=(f"Encoder {work}{', compiled' if compiled else ''}", tokens),
-                        quick=tokens == 1024 and not compiled,
+                        quick=tokens == 1024 and not compiled and not backward,
                         note="dim 512, depth 6, heads 8; a training step is forward and backward to all parameters",
                     )
                 )
