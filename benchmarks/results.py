@@ -32,7 +32,9 @@ class SideResult:
         best: seconds of the fastest sample.
         rounds: how many samples there are.
         calls: how many calls one sample is the mean of.
-        busy: processor time over wall time of all threads, median; threads that wait by spinning count as busy.
+        cpu_seconds: processor time of a call, median; less disturbed by other programs, but a thread that spins while
+            it waits for another counts.
+        busy: processor time over wall time of all threads, median.
         memory: bytes that the work needed at most beside its inputs; None: not measured.
     """
 
@@ -41,6 +43,7 @@ class SideResult:
     best: float
     rounds: int
     calls: int
+    cpu_seconds: float
     busy: float
     memory: int | None = None
 
@@ -48,8 +51,8 @@ class SideResult:
     def of(cls, name: str, samples: Samples, threads: int) -> SideResult:
         """From what was measured with so many threads."""
         busy = [cpu / wall / threads for cpu, wall in zip(samples.cpu, samples.wall, strict=True)]
-        spread = Spread.of(samples.wall)
-        return cls(name, spread, min(samples.wall), len(samples.wall), samples.calls, quartiles(busy)[1])
+        spread, cpu = Spread.of(samples.wall), quartiles(samples.cpu)[1]
+        return cls(name, spread, min(samples.wall), len(samples.wall), samples.calls, cpu, quartiles(busy)[1])
 
 
 @dataclass

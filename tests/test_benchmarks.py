@@ -75,6 +75,7 @@ def test_what_is_saved_of_a_row(saved: dict[str, Any], rows: list[case.Row]) -> 
             assert 0 < side["best"] <= seconds["low"] <= seconds["median"] <= seconds["high"], row.name
             assert side["rounds"] >= 2
             assert side["calls"] >= 1
+            assert side["cpu_seconds"] >= 0
             assert side["busy"] >= 0
         targets = {peer.name: (peer.target, peer.memory_target) for peer in row.make(tiny=True).peers if not peer.slow}
         assert {p["name"]: (p["target"], p["memory_target"]) for p in found["peers"]} == targets
