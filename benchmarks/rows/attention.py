@@ -156,7 +156,7 @@ def _small_rows() -> list[Row]:
 
 
 def _memory_rows() -> list[Row]:
-    shape = (2, 8, 4096)
+    shape = _SHAPES[4096]
     return [
         Row(
             name="attention/memory/rotate",
