@@ -133,6 +133,35 @@ def test_which_norms_are_folded():
         torch.testing.assert_close(module(x, x_cls), plain(module, x, x_cls))
 
 
+class Adapter(nn.Module):
+    """Like those of LoRA: the weight it shows is not all that it does."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x.sin()
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "proj"])
+def test_replaced_projections_are_called(name):
+    module = make()
+    x, x_cls = torch.randn(2, 5, 16).double(), torch.randn(2, 2, 16).double()
+    before, seen = module(x, x_cls), []
+    handle = getattr(module.attn, name).register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(module(x, x_cls), before)
+    assert seen
+    handle.remove()
+    setattr(module.attn, name, Adapter(getattr(module.attn, name)))
+    torch.testing.assert_close(module(x, x_cls), plain(module, x, x_cls))
+    assert not torch.allclose(module(x, x_cls), before)
+
+
 def test_no_layer_scale():
     module = make(init_values=None)
     assert not any("gamma" in name for name in module.state_dict())
@@ -152,6 +181,7 @@ def test_dropout():
     assert torch.equal(module(x, x_cls), first)
     assert not torch.equal(first, second)
     only_attention = make(attn_drop=0.4).train()
+    assert not torch.equal(only_attention(x, x_cls), only_attention(x, x_cls))
     nn.init.zeros_(only_attention.gamma_2)  # what follows is not linear
     mean = torch.stack([only_attention(x, x_cls) for _ in range(3000)]).mean(0)
     assert (mean - plain(only_attention, x, x_cls)).abs().max() < 0.05  # dropout keeps the mean
@@ -166,6 +196,10 @@ def test_drop_path():
     assert len(kinds) == 4  # each of two branches is there or not
     kept = (out[:, 0] - x_cls[:, 0]).abs().amax(-1) > 0
     assert 0.65 < kept.double().mean() < 0.85
+    nn.init.zeros_(module.gamma_2)  # what follows is not linear
+    expected = module.eval()(x[:1], x_cls[:1])[0, 0] - x_cls[0, 0]
+    branch = module.train()(x, x_cls)[:, 0] - x_cls[0, 0]
+    torch.testing.assert_close(branch[branch.abs().amax(-1) > 0][0], 2 * expected)  # scaled to keep the mean
     assert torch.equal(module.eval()(x, x_cls)[0], module(x, x_cls)[1])
 
 

@@ -104,6 +104,13 @@ def test_key_mask_beside_attn_mask():
     torch.testing.assert_close(module(x, attn_mask=bias, key_mask=keys), both)
 
 
+def test_replaced_projection_is_called():
+    module = make()
+    x = torch.randn(2, 7, 16).double()
+    module.kv = nn.Sequential(module.kv, nn.Tanh())
+    torch.testing.assert_close(module(x), plain(module, x)[0])
+
+
 def test_factory_arguments():
     module = AttentionPoolLatent(
         16, num_heads=2, pos_embed="abs", feat_size=4, qk_norm=True, device="meta", dtype=torch.half

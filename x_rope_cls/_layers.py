@@ -53,6 +53,13 @@ def token_norm(module: nn.Module, channels: int, dtype: torch.dtype) -> TokenNor
     return None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else: no adapter, quantisation, hook or DTensor."""
+    if type(module).forward is not nn.Linear.forward or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return type(module.weight) in (Tensor, nn.Parameter)
+
+
 class Mlp(nn.Module):
     """Two linear layers with an activation between them; parameters as in timm's Mlp.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_count, check_number
-from ._layers import DropPath, Mlp, check_probability, token_norm
+from ._layers import DropPath, Mlp, check_probability, is_linear, token_norm
 from .pooling import pool_attention
 
 
@@ -103,13 +103,14 @@ class ClassAttention(nn.Module):
         attn = self.attn
         normed = self.norm1(x_cls)
         norm = token_norm(self.norm1, x.shape[2], x.dtype)
+        k_weight, v_weight, k_bias, v_bias = attn.keys_and_values()
         pooled = pool_attention(
             self.norm1(x) if norm is None else x,
             attn.q(normed).unflatten(-1, (attn.num_heads, -1)),
-            attn.k.weight,
-            attn.v.weight,
-            k_bias=attn.k.bias,
-            v_bias=attn.v.bias,
+            k_weight,
+            v_weight,
+            k_bias=k_bias,
+            v_bias=v_bias,
             norm=norm,
             extra=normed,
             key_mask=key_mask,
@@ -156,3 +157,9 @@ class _Projections(nn.Module):
         self.attn_drop = nn.Dropout(check_probability("ClassAttention", "attn_drop", attn_drop))
         self.proj = nn.Linear(dim, dim, **options)
         self.proj_drop = nn.Dropout(check_probability("ClassAttention", "proj_drop", proj_drop))
+
+    def keys_and_values(self) -> tuple[Any, ...]:
+        """Weights and biases that make keys and values; the layers themselves if they are no plain Linear."""
+        if is_linear(self.k) and is_linear(self.v):
+            return self.k.weight, self.v.weight, self.k.bias, self.v.bias
+        return self.k, self.v, None, None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_choice, check_count, check_number
-from ._layers import Mlp, check_probability
+from ._layers import Mlp, check_probability, is_linear
 from .pooling import pool_attention
 
 
@@ -152,9 +152,7 @@ class AttentionPoolLatent(nn.Module):
             if x.shape[1] != self.feat_size:
                 raise ValueError(f"AttentionPoolLatent: x must have {self.feat_size} tokens, got {x.shape[1]}")
             x = x + self.pos_embed.to(x.dtype)
-        columns = self.num_heads * self.head_dim
-        k_weight, v_weight = self.kv.weight.split(columns)
-        k_bias, v_bias = (None, None) if self.kv.bias is None else self.kv.bias.split(columns)
+        k_weight, v_weight, k_bias, v_bias = self._keys_and_values()
         pooled = pool_attention(
             x,
             self.q_norm(self.q(self.latent).unflatten(-1, (self.num_heads, -1))),
@@ -173,3 +171,11 @@ class AttentionPoolLatent(nn.Module):
         if self.pool:
             out = out[:, 0] if self.pool == "token" else out.mean(1)
         return (out, pooled.weights) if need_weights else out
+
+    def _keys_and_values(self) -> tuple[Any, ...]:
+        """Weights and biases of keys and of values; functions that make them if the layer is no plain Linear."""
+        columns, kv = self.num_heads * self.head_dim, self.kv
+        if not is_linear(kv):
+            return lambda x: kv(x)[..., :columns], lambda x: kv(x)[..., columns:], None, None
+        bias = (None, None) if kv.bias is None else kv.bias.split(columns)
+        return (*kv.weight.split(columns), *bias)

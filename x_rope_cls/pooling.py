@@ -21,10 +21,12 @@ from torch import Tensor
 
 from . import reference
 from ._checks import check_choice
+from ._heads import by_key_head, by_row, per_head, ungroup
 from ._layers import TokenNorm
 from .functional import late_cls_pool, rope_attention
 
 Form = Literal["auto", "absorbed", "ordinary"]
+Projection = Callable[[Tensor], Tensor]
 HeadOrder = Literal["block", "cyclic"]
 
 _FORMS = ("auto", "absorbed", "ordinary")
@@ -65,6 +67,7 @@ def ordinary_reasons(
     key_dim: int | None = None,
     value_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
+    projection: bool = False,
     key_norm: bool = False,
     value_norm: bool = False,
     key_memory: bool = False,
@@ -82,6 +85,7 @@ def ordinary_reasons(
         key_dim: channels of a key head; None: not judged by cost.
         value_dim: channels of a value head; None: as key_dim.
         dtype: of the tokens.
+        projection: keys or values are not made by a plain linear layer.
         key_norm: keys are normalised after their projection.
         value_norm: values are normalised, or otherwise changed in a way that is not linear.
         key_memory: some keys and values are parameters of their own.
@@ -93,6 +97,7 @@ def ordinary_reasons(
     reasons = [
         text
         for flag, text in (
+            (projection, "keys or values are made by a layer that is not a plain Linear"),
             (key_norm, "keys are normalised after their projection"),
             (value_norm, "values are not linear in the tokens"),
             (key_memory, "memory key/values are keys of their own"),
@@ -115,8 +120,8 @@ def ordinary_reasons(
 def pool_attention(
     x: Tensor,
     q: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
+    k_weight: Tensor | Projection,
+    v_weight: Tensor | Projection,
     *,
     k_bias: Tensor | None = None,
     v_bias: Tensor | None = None,
@@ -137,8 +142,9 @@ def pool_attention(
     Args:
         x: (batch, tokens, channels), float32, float64, bfloat16 or float16.
         q: (batch or 1, queries, heads, key_dim), projected; 1: the same queries for the whole batch, folded once.
-        k_weight: (key_heads * key_dim, channels), as in nn.Linear.
-        v_weight: (key_heads * value_dim, channels).
+        k_weight: (key_heads * key_dim, channels), as in nn.Linear. Or a function that makes keys (batch, tokens,
+            heads * key_dim) of normalised tokens, for a layer with an adapter or hooks; makes the form ordinary.
+        v_weight: (key_heads * value_dim, channels), or a function as k_weight.
         k_bias: (key_heads * key_dim,).
         v_bias: (key_heads * value_dim,).
         norm: normalisation of x over its channels, folded in where the form allows.
@@ -161,15 +167,19 @@ def pool_attention(
     Raises:
         ValueError: shapes do not fit, or form is "absorbed" and there are reasons against it.
     """
-    key_heads = _check_arguments(x, q, k_weight, v_weight, extra, head_order, form)
+    _check_arguments(x, q, extra, head_order, form)
     heads, key_dim = q.shape[2:]
+    linear, key_heads = False, heads
+    if isinstance(k_weight, Tensor) and isinstance(v_weight, Tensor):
+        linear, key_heads = True, _key_heads(x, q, k_weight, v_weight)
     reasons = ordinary_reasons(
         queries=q.shape[1],
         heads=heads,
         key_heads=key_heads,
-        key_dim=key_dim if form == "auto" else None,
-        value_dim=v_weight.shape[0] // key_heads,
+        key_dim=key_dim if linear and form == "auto" else None,
+        value_dim=v_weight.shape[0] // key_heads if isinstance(v_weight, Tensor) else None,
         dtype=x.dtype,
+        projection=not linear,
         key_norm=key_norm is not None,
         attn_mask=attn_mask is not None,
         dropout=dropout_p > 0,
@@ -177,17 +187,16 @@ def pool_attention(
     if form == "absorbed" and reasons:
         raise ValueError(f"pool_attention: form must not be 'absorbed' where there is {reasons[0]!r}, got 'absorbed'")
     scale = key_dim**-0.5 if scale is None else scale
-    cyclic = head_order == "cyclic" and 1 < key_heads < heads
     call = _Call(x, q, k_weight, v_weight, k_bias, v_bias, norm, key_norm, extra, key_mask, attn_mask, scale, dropout_p)
     run = _ordinary if reasons or form == "ordinary" else _absorbed
-    return run(call, key_heads, cyclic, return_lse, need_weights)
+    return run(call, key_heads, head_order == "cyclic", return_lse, need_weights)
 
 
 class _Call(NamedTuple):
     x: Tensor
     q: Tensor
-    k_weight: Tensor
-    v_weight: Tensor
+    k_weight: Any
+    v_weight: Any
     k_bias: Tensor | None
     v_bias: Tensor | None
     norm: TokenNorm | None
@@ -203,9 +212,9 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
     x, q, extra = call.x, call.q, call.extra
     queries, heads, key_dim = q.shape[1:]
     batch, tokens, channels = x.shape
-    rows = _by_key_head(q.reshape(-1, heads, key_dim), key_heads, cyclic)
+    rows = by_key_head(q.reshape(-1, heads, key_dim), key_heads, cyclic)
     folded = torch.bmm(rows, call.k_weight.view(key_heads, key_dim, channels))
-    query = _by_row(folded, heads, cyclic).view(q.shape[0], queries, heads, channels).transpose(1, 2)
+    query = by_row(folded, heads, cyclic).view(q.shape[0], queries, heads, channels).transpose(1, 2)
 
     pooled, lse = _pool(x, query, call.key_mask, call.scale, call.norm)
     if extra is not None:
@@ -213,11 +222,11 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
             extra = extra.expand(query.shape[0], -1, -1)
         pooled, lse = _merge(pooled, lse, *_pool(extra, query, None, call.scale, None))
 
-    rows = _by_key_head(pooled.transpose(1, 2).reshape(-1, heads, channels), key_heads, cyclic)
+    rows = by_key_head(pooled.transpose(1, 2).reshape(-1, heads, channels), key_heads, cyclic)
     out = torch.bmm(rows, call.v_weight.view(key_heads, -1, channels).mT)
-    out = _by_row(out, heads, cyclic).view(batch, queries, heads, -1)
+    out = by_row(out, heads, cyclic).view(batch, queries, heads, -1)
     if call.v_bias is not None:
-        bias = _per_head(call.v_bias, key_heads, heads, cyclic)
+        bias = per_head(call.v_bias, key_heads, heads, cyclic)
         if extra is None and (call.key_mask is not None or tokens == 0):  # rows without keys stay 0
             bias = bias * (lse != -torch.inf).transpose(1, 2)[..., None]
         out = out + bias
@@ -231,7 +240,7 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
         if extra is not None:
             weights = torch.cat((_map(query, extra[:, None], lse, call._replace(key_mask=None)), weights), -1)
     if return_lse and call.k_bias is not None:
-        bias = _per_head(call.k_bias, key_heads, heads, cyclic)
+        bias = per_head(call.k_bias, key_heads, heads, cyclic)
         lse = lse + (q * bias).sum(-1).transpose(1, 2).to(lse.dtype) * call.scale
     return Pooled(out, lse if return_lse else None, weights)
 
@@ -239,6 +248,7 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
 def _ordinary(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_weights: bool) -> Pooled:
     x, q, extra = _without_masked(call.x, call.key_mask), call.q.transpose(1, 2), call.extra
     k, v = _keys_and_values(call, x if call.norm is None else call.norm(x), key_heads)
+    cyclic = cyclic and 1 < key_heads < q.shape[1]
     if cyclic:  # to PyTorch's order of heads
         q = q.unflatten(1, (-1, key_heads)).transpose(1, 2).flatten(1, 2)
     q = q.expand(x.shape[0], -1, -1, -1)
@@ -251,8 +261,8 @@ def _ordinary(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
         maps = [_map(q, extra_k, lse, unmasked)] if need_weights else []
     weights = torch.cat((*maps, _map(q, k, lse, call)), -1) if need_weights else None
     if cyclic:
-        out, lse = (_ungroup(t, key_heads) for t in (out, lse))
-        weights = None if weights is None else _ungroup(weights, key_heads)
+        out, lse = (ungroup(t, key_heads) for t in (out, lse))
+        weights = None if weights is None else ungroup(weights, key_heads)
     return Pooled(out.transpose(1, 2), lse if return_lse else None, weights)
 
 
@@ -297,8 +307,12 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
 
 def _keys_and_values(call: _Call, x: Tensor, key_heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values of normalised tokens, (batch, key_heads, tokens, head_dim)."""
-    k = F.linear(x, call.k_weight, call.k_bias).unflatten(-1, (key_heads, -1)).transpose(1, 2)
-    v = F.linear(x, call.v_weight, call.v_bias).unflatten(-1, (key_heads, -1)).transpose(1, 2)
+    k, v = (
+        (F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x))
+        .unflatten(-1, (key_heads, -1))
+        .transpose(1, 2)
+        for weight, bias in ((call.k_weight, call.k_bias), (call.v_weight, call.v_bias))
+    )
     return k if call.key_norm is None else call.key_norm(k), v
 
 
@@ -324,43 +338,8 @@ def _without_masked(x: Tensor, key_mask: Tensor | None) -> Tensor:
     return x if key_mask is None else torch.where(key_mask[..., None], x, 0)
 
 
-def _by_key_head(rows: Tensor, key_heads: int, cyclic: bool) -> Tensor:
-    """(rows, heads, dim) to (key_heads, rows * group, dim): what each key head is multiplied with."""
-    count, heads, dim = rows.shape
-    if heads == key_heads:
-        return rows.transpose(0, 1)
-    if cyclic:
-        return rows.view(count, -1, key_heads, dim).permute(2, 0, 1, 3).reshape(key_heads, -1, dim)
-    return rows.view(count, key_heads, -1, dim).transpose(0, 1).reshape(key_heads, -1, dim)
-
-
-def _by_row(grouped: Tensor, heads: int, cyclic: bool) -> Tensor:
-    """The way back: (key_heads, rows * group, dim) to (rows, heads, dim)."""
-    key_heads, _, dim = grouped.shape
-    if heads == key_heads:
-        return grouped.transpose(0, 1)
-    grouped = grouped.view(key_heads, -1, heads // key_heads, dim)
-    return grouped.permute((1, 2, 0, 3) if cyclic else (1, 0, 2, 3)).reshape(-1, heads, dim)
-
-
-def _ungroup(t: Tensor, key_heads: int) -> Tensor:
-    """(batch, heads, ...) from the order in which heads of one key head are neighbours to the cyclic one."""
-    ungrouped: Tensor = t.unflatten(1, (key_heads, -1)).transpose(1, 2).flatten(1, 2)
-    return ungrouped
-
-
-def _per_head(bias: Tensor, key_heads: int, heads: int, cyclic: bool) -> Tensor:
-    """A bias of the key heads as (heads, dim)."""
-    bias = bias.view(key_heads, -1)
-    if heads == key_heads:
-        return bias
-    return bias.repeat(heads // key_heads, 1) if cyclic else bias.repeat_interleave(heads // key_heads, 0)
-
-
-def _check_arguments(
-    x: Tensor, q: Tensor, k_weight: Tensor, v_weight: Tensor, extra: Tensor | None, head_order: str, form: str
-) -> int:
-    """Checks what reshaping would not tell clearly; returns the number of key heads."""
+def _check_arguments(x: Tensor, q: Tensor, extra: Tensor | None, head_order: str, form: str) -> None:
+    """Checks what reshaping would not tell clearly."""
     check_choice("pool_attention", "head_order", head_order, _HEAD_ORDERS)
     check_choice("pool_attention", "form", form, _FORMS)
     if x.dim() != 3:
@@ -369,18 +348,22 @@ def _check_arguments(
     if q.dim() != 4 or q.shape[0] not in (1, batch):
         expected = f"({batch} or 1, queries, heads, key_dim)"
         raise ValueError(f"pool_attention: q must be {expected}, got {tuple(q.shape)}")
-    heads, key_dim = q.shape[2:]
+    if extra is not None and (extra.dim() != 3 or extra.shape[0] not in (1, batch) or extra.shape[2] != channels):
+        expected = f"({batch} or 1, extra, {channels})"
+        raise ValueError(f"pool_attention: extra must be {expected}, got {tuple(extra.shape)}")
+
+
+def _key_heads(x: Tensor, q: Tensor, k_weight: Tensor, v_weight: Tensor) -> int:
+    """The number of key heads that the weights are for."""
+    channels, (heads, key_dim) = x.shape[2], q.shape[2:]
     for name, weight in (("k_weight", k_weight), ("v_weight", v_weight)):
         if weight.dim() != 2 or weight.shape[1] != channels:
             raise ValueError(f"pool_attention: {name} must be (columns, {channels}), got {tuple(weight.shape)}")
-    key_heads = k_weight.shape[0] // key_dim
+    key_heads: int = k_weight.shape[0] // key_dim
     if key_heads * key_dim != k_weight.shape[0] or key_heads == 0 or heads % key_heads:
         expected = f"a divisor of {heads} heads, times {key_dim} rows"
         raise ValueError(f"pool_attention: k_weight must have {expected}, got {k_weight.shape[0]}")
     if v_weight.shape[0] % key_heads:
         expected = f"a multiple of {key_heads} key heads"
         raise ValueError(f"pool_attention: v_weight must have {expected} as rows, got {v_weight.shape[0]}")
-    if extra is not None and (extra.dim() != 3 or extra.shape[0] not in (1, batch) or extra.shape[2] != channels):
-        expected = f"({batch} or 1, extra, {channels})"
-        raise ValueError(f"pool_attention: extra must be {expected}, got {tuple(extra.shape)}")
     return key_heads
