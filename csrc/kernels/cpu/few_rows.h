@@ -78,10 +78,12 @@ X_ROPE_CLS_INLINE void store_sums(const Vec<T> (&v)[kDotTokens], T* to) {
   }
 }
 
-template <typename T, int kRows>
+// The same channels of the tokens `ahead` elements further on are fetched into L1 meanwhile.
+template <typename T, int kRows, bool kAhead>
 static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, const T* x0,
                                                const T* x1, const T* x2, const T* x3,
-                                               int64_t channels, T* out, int64_t out_stride) {
+                                               int64_t channels, int64_t ahead, T* out,
+                                               int64_t out_stride) {
   Vec<T> acc[kRows][kDotTokens] = {};
   for (int64_t c = 0; c < channels; c += kLanes<T>) {
     Vec<T> left[kRows];
@@ -91,6 +93,7 @@ static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, con
     X_ROPE_CLS_UNROLL
     for (int j = 0; j < kDotTokens; ++j) {
       const Vec<T> right = load<T>(from[j] + c);
+      if constexpr (kAhead) __builtin_prefetch(from[j] + ahead + c, 0, 3);
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] += left[r] * right;
     }
@@ -108,25 +111,50 @@ constexpr int64_t dot_rows_next(int64_t rows) {
   return rows >= 3 && rows != 4 ? 3 : min_of<int64_t>(rows, 2);
 }
 
-// f(first row, rows, first token, the tokens' states) for every tile of rows and kDotTokens tokens;
-// behind the last token it is repeated.
-template <typename S, typename F>
-X_ROPE_CLS_INLINE void for_each_dot_tile(int64_t rows, const TokenBlock<S>& x, F&& f) {
+// The arguments of one tile of inner products.
+template <typename S, typename T>
+struct DotTile {
+  const S* a;
+  const S* x[kDotTokens];
+  T* out;
+  int64_t rows;
+  bool first;  // of the rows that meet these tokens, with more tokens to come
+};
+
+// f(tile) for every tile of rows and kDotTokens tokens; behind the last token it is repeated.
+template <typename S, typename T, typename F>
+X_ROPE_CLS_INLINE void for_each_dot_tile(const S* a, int64_t a_stride, int64_t rows,
+                                         const TokenBlock<S>& x, T* out, int64_t out_stride,
+                                         F&& f) {
   constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
   for (int64_t start = 0; start < rows; start += kTogether) {
     const int64_t end = min_of(rows, start + kTogether);
     for (int64_t n = 0; n < x.tokens; n += kDotTokens) {
-      const S* token[kDotTokens];
+      DotTile<S, T> tile{};
       for (int j = 0; j < kDotTokens; ++j) {
-        token[j] = x.data + min_of(n + j, x.tokens - 1) * x.stride;
+        tile.x[j] = x.data + min_of(n + j, x.tokens - 1) * x.stride;
       }
-      for (int64_t r = start; r < end;) {
-        const int64_t take = dot_rows_next(end - r);
-        f(r, take, n, token);
-        r += take;
+      for (int64_t r = start; r < end; r += tile.rows) {
+        tile.a = a + r * a_stride;
+        tile.out = out + r * out_stride + n;
+        tile.rows = dot_rows_next(end - r);
+        tile.first = r == start && n + 2 * kDotTokens <= x.tokens;
+        f(tile);
       }
     }
   }
+}
+
+// Calls f with the number of rows of a tile as a constant.
+template <typename F>
+X_ROPE_CLS_INLINE void with_dot_rows(int64_t rows, F&& f) {
+  if constexpr (kManyRegisters) {
+    if (rows == 6) return f(std::integral_constant<int, 6>{});
+    if (rows == 4) return f(std::integral_constant<int, 4>{});
+  }
+  if (rows == 3) return f(std::integral_constant<int, 3>{});
+  if (rows == 2) return f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 1>{});
 }
 
 // out[r * out_stride + n] = <a_r, x_n>, columns up to the next multiple of kDotTokens are written.
@@ -134,29 +162,18 @@ X_ROPE_CLS_INLINE void for_each_dot_tile(int64_t rows, const TokenBlock<S>& x, F
 template <typename T>
 void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
               T* out, int64_t out_stride) {
-  for_each_dot_tile(rows, x, [&](int64_t r, int64_t take, int64_t n, const auto& token) {
-    const T* const left = a + r * a_stride;
-    T* const to = out + r * out_stride + n;
-    const auto run = [&](auto tile) {
-      tile(left, a_stride, token[0], token[1], token[2], token[3], channels, to, out_stride);
-    };
-    if constexpr (kManyRegisters) {
-      if (take == 6) run(dot_tile<T, 6>);
-      if (take == 4) run(dot_tile<T, 4>);
-    }
-    if (take == 3) run(dot_tile<T, 3>);
-    if (take == 2) run(dot_tile<T, 2>);
-    if (take == 1) run(dot_tile<T, 1>);
+  const int64_t ahead = kDotTokens * x.stride;
+  for_each_dot_tile(a, a_stride, rows, x, out, out_stride, [&](const DotTile<T, T>& t) {
+    with_dot_rows(t.rows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value;
+      const auto tile = t.first ? dot_tile<T, kRows, true> : dot_tile<T, kRows, false>;
+      tile(t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, ahead, t.out, out_stride);
+    });
   });
 }
 
 // -------------------------------------------------------------------------------------------------
 // Weighted sums.
-
-template <typename T>
-X_ROPE_CLS_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
 
 // acc[r][v] += sum over n of w(r, n) x(n, v); the same panel of the tokens to come is prefetched.
 template <typename T, int kRows, int kVectors, bool kAhead>
@@ -177,7 +194,9 @@ static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, con
     if constexpr (kAhead) {
       constexpr int kLine = 64 / static_cast<int>(sizeof(T));
       X_ROPE_CLS_UNROLL
-      for (int c = 0; c < kVectors * kLanes<T>; c += kLine) prefetch(x + ahead + c);
+      for (int c = 0; c < kVectors * kLanes<T>; c += kLine) {
+        __builtin_prefetch(x + ahead + c, 0, 2);
+      }
     }
     X_ROPE_CLS_UNROLL
     for (int r = 0; r < kRows; ++r) {

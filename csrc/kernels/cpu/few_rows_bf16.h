@@ -20,11 +20,11 @@ X_ROPE_CLS_INLINE __m512 add_dots(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
-template <int kRows>
+template <int kRows, bool kAhead>
 static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a_stride,
                                                     const BFloat16* x0, const BFloat16* x1,
                                                     const BFloat16* x2, const BFloat16* x3,
-                                                    int64_t channels, float* out,
+                                                    int64_t channels, int64_t ahead, float* out,
                                                     int64_t out_stride) {
   __m512 acc[kRows][kDotTokens];
   X_ROPE_CLS_UNROLL
@@ -40,6 +40,7 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
     X_ROPE_CLS_UNROLL
     for (int j = 0; j < kDotTokens; ++j) {
       const __m512i right = load_bits(from[j] + c);
+      if constexpr (kAhead) __builtin_prefetch(from[j] + ahead + c, 0, 3);
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] = add_dots(acc[r][j], left[r], right);
     }
@@ -57,17 +58,13 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
 static inline void dot_rows(const BFloat16* a, int64_t a_stride, int64_t rows,
                             const TokenBlock<BFloat16>& x, int64_t channels, float* out,
                             int64_t out_stride) {
-  for_each_dot_tile(rows, x, [&](int64_t r, int64_t take, int64_t n, const auto& token) {
-    const BFloat16* const left = a + r * a_stride;
-    float* const to = out + r * out_stride + n;
-    const auto run = [&](auto tile) {
-      tile(left, a_stride, token[0], token[1], token[2], token[3], channels, to, out_stride);
-    };
-    if (take == 6) run(dot_tile_bf16<6>);
-    if (take == 4) run(dot_tile_bf16<4>);
-    if (take == 3) run(dot_tile_bf16<3>);
-    if (take == 2) run(dot_tile_bf16<2>);
-    if (take == 1) run(dot_tile_bf16<1>);
+  const int64_t ahead = kDotTokens * x.stride;
+  for_each_dot_tile(a, a_stride, rows, x, out, out_stride, [&](const DotTile<BFloat16, float>& t) {
+    with_dot_rows(t.rows, [&](auto count) {
+      constexpr int kRows = decltype(count)::value;
+      const auto tile = t.first ? dot_tile_bf16<kRows, true> : dot_tile_bf16<kRows, false>;
+      tile(t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, ahead, t.out, out_stride);
+    });
   });
 }
 
@@ -95,8 +92,8 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
       right[2 * i] = _mm512_unpacklo_epi16(a, b);
       right[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
       if constexpr (kAhead) {
-        prefetch(even + ahead + kDotChannels * i);
-        prefetch(odd + ahead + kDotChannels * i);
+        __builtin_prefetch(even + ahead + kDotChannels * i, 0, 2);
+        __builtin_prefetch(odd + ahead + kDotChannels * i, 0, 2);
       }
     }
     X_ROPE_CLS_UNROLL

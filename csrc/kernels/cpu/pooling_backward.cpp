@@ -202,7 +202,7 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
         const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
         pool_score_grads(plan, count, s);
         if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
-        sum_dots(plan, x, s.scores, 0, s.dots, sums);
+        sum_dots(plan, x, s.scores, distance_to_next<S>(plan, range, i + count, x), s.dots, sums);
         continue;
       }
     }
@@ -210,7 +210,8 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
     dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
     pool_score_grads(plan, count, s);
     if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
-    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, 0, sums, plan.width);
+    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width,
+             distance_to_next<S>(plan, range, i + count, x), sums, plan.width);
   }
   clear_masked<S>(plan, g, range, chunk);
 }

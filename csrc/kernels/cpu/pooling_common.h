@@ -183,15 +183,35 @@ X_ROPE_CLS_INLINE TokenMoments<T> moments_of(const PoolParams& p, const T* row) 
   return m;
 }
 
-template <typename T>
-X_ROPE_CLS_INLINE void normalise_row(const PoolParams& p, TokenMoments<T> m, T* row) {
+// to = (from - mean) * inverse * weight + bias; in place is fine.
+template <typename T, bool kWeight, bool kBias>
+X_ROPE_CLS_INLINE void normalise_row(const PoolParams& p, TokenMoments<T> m, const T* from, T* to) {
   const T* weight = static_cast<const T*>(p.norm_weight);
   const T* bias = static_cast<const T*>(p.norm_bias);
-  for (int64_t c = 0; c < p.channels; ++c) {
-    T y = (row[c] - m.mean) * m.inverse;
-    if (weight != nullptr) y *= weight[c];
-    if (bias != nullptr) y += bias[c];
-    row[c] = y;
+  const auto normal = [&](auto x, auto w, auto b) {
+    const auto y = (x - m.mean) * m.inverse;
+    return kWeight ? (kBias ? y * w + b : y * w) : (kBias ? y + b : y);
+  };
+  int64_t c = 0;
+  for (; c + kLanes<T> <= p.channels; c += kLanes<T>) {
+    const Vec<T> w = kWeight ? load<T>(weight + c) : Vec<T>{};
+    const Vec<T> b = kBias ? load<T>(bias + c) : Vec<T>{};
+    store<T>(to + c, normal(load<T>(from + c), w, b));
+  }
+  for (; c < p.channels; ++c) {
+    to[c] = normal(from[c], kWeight ? weight[c] : T{0}, kBias ? bias[c] : T{0});
+  }
+}
+template <typename T>
+X_ROPE_CLS_INLINE void normalise_row(const PoolParams& p, TokenMoments<T> m, const T* from, T* to) {
+  if (p.norm_weight != nullptr && p.norm_bias != nullptr) {
+    normalise_row<T, true, true>(p, m, from, to);
+  } else if (p.norm_weight != nullptr) {
+    normalise_row<T, true, false>(p, m, from, to);
+  } else if (p.norm_bias != nullptr) {
+    normalise_row<T, false, true>(p, m, from, to);
+  } else {
+    normalise_row<T, false, false>(p, m, from, to);
   }
 }
 
@@ -217,11 +237,15 @@ TokenBlock<Compute<S>> read_block(const PoolPlan& plan, const TokenRange& range,
   }
   for (int64_t i = 0; i < count; ++i) {
     T* row = buffer + i * plan.width;
-    load_row(token_at<const S>(p.x, range.b, range.token(first + i)), p.x.stride_c, p.channels,
-             row);
+    const S* token = token_at<const S>(p.x, range.b, range.token(first + i));
+    const T* from = row;
+    if constexpr (__is_same(S, T)) {
+      if (p.x.stride_c == 1 && p.norm != PoolNorm::kNone) from = token;
+    }
+    if (from == row) load_row(token, p.x.stride_c, p.channels, row);
     if (p.norm != PoolNorm::kNone) {
-      moments[i] = moments_of(p, row);
-      normalise_row(p, moments[i], row);
+      moments[i] = moments_of(p, from);
+      normalise_row(p, moments[i], from, row);
     }
     for (int64_t c = p.channels; c < plan.width; ++c) row[c] = T{0};
   }
@@ -242,6 +266,20 @@ TokenBlock<S> read_block_raw(const PoolPlan& plan, const TokenRange& range, int6
     __builtin_memcpy(buffer + i * plan.width, from, static_cast<size_t>(p.channels) * sizeof(S));
   }
   return {buffer, plan.width, count};
+}
+
+// Distance from a block to where its successor lies, for fetching that ahead; 0 where there is none
+// or rows are not equally far apart. `next`: the block's end in the range.
+template <typename S, typename B>
+X_ROPE_CLS_INLINE int64_t distance_to_next(const PoolPlan& plan, const TokenRange& range,
+                                           int64_t next, const TokenBlock<B>& x) {
+  const PoolParams& p = *plan.p;
+  if constexpr (__is_same(S, B)) {
+    if (next + x.tokens > range.last || p.x.stride_n != x.stride || p.x.stride_c != 1) return 0;
+    const auto to = reinterpret_cast<intptr_t>(token_at<const S>(p.x, range.b, range.token(next)));
+    return (to - reinterpret_cast<intptr_t>(x.data)) / static_cast<intptr_t>(sizeof(S));
+  }
+  return 0;
 }
 
 // Whether tokens may have to be copied.

@@ -85,12 +85,11 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
   clear_sums(sums, plan.rows, plan.width);
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
-    const bool more = i + 2 * count <= range.last;
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
         const auto x = score_dots(plan, range, i, count, plan.rows, s.dots, s.scores);
         soften_pool(plan, count, s.scores, sums);
-        const int64_t ahead = more && x.data != s.dots.buffer ? count * x.stride : 0;
+        const int64_t ahead = distance_to_next<S>(plan, range, i + count, x);
         sum_dots(plan, x, s.scores, ahead, s.dots, sums.out);
         continue;
       }
@@ -98,7 +97,7 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.query, plan.width, plan.rows, x, plan.width, s.scores, plan.columns);
     soften_pool(plan, count, s.scores, sums);
-    const int64_t ahead = more && x.data != s.buffer ? count * x.stride : 0;
+    const int64_t ahead = distance_to_next<S>(plan, range, i + count, x);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
 }
