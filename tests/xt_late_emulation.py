@@ -27,8 +27,10 @@ _plain_polar = getattr(xt, "apply_polar_pos_emb", None)
 class LateEmulation:
     """Stands for an encoder with late CLS in ``xt_cases.run``."""
 
-    def __init__(self, encoder: Any, cls: Tensor, mode: str, at: int, patch: pytest.MonkeyPatch) -> None:
-        self.encoder, self.mode, self.at, self.patch = encoder, mode, at, patch
+    def __init__(
+        self, encoder: Any, cls: Tensor, mode: str, at: int, patch: pytest.MonkeyPatch, cls_rope: str = "mask"
+    ) -> None:
+        self.encoder, self.mode, self.at, self.patch, self.cls_rope = encoder, mode, at, patch, cls_rope
         self.cls_tokens = nn.Parameter(cls.clone())
         self.num_cls = cls.shape[0]
 
@@ -52,6 +54,17 @@ class _Run:
         self.cls = model.cls_tokens.expand(self.batch, -1, -1)
         encoder = self.encoder
         self.mask = inputs.get("mask")
+        self.rotate = inputs.get("rotate", torch.ones(self.tokens, dtype=torch.bool))
+        self.kv_mask = inputs.get("self_attn_kv_mask", self.mask)
+        self.layer: dict[str, Any] = {}  # arguments of the present self attention
+        self.per_layer = {
+            "mem": iter(inputs.get("mems", ())),
+            "mem_mask": iter(inputs.get("mem_masks", ())),
+            "additional_key_values": iter(inputs.get("self_attn_additional_kv", ())),
+            "kv_input_residual": iter(inputs.get("self_attn_kv_residuals", ())),
+        }
+        embeds, ids = inputs.get("deep_embeds_and_ids", (None, None))
+        self.deep_embeds = iter(() if embeds is None else embeds[ids].unbind(2))
         condition = inputs.get("condition")
         if condition is not None:
             condition = encoder.adaptive_mlp(condition[:, None])
@@ -92,8 +105,12 @@ class _Run:
                 x = integrator(x, hiddens if late else [h[..., self.num_cls :, :] for h in hiddens])
             x = self.injected(x, late)
             pre_norm, post_branch_norm, post_main_norm = norms
+            if encoder.layer_types[index] == "a":
+                self.layer = {name: next(each, None) for name, each in self.per_layer.items()}
             if pre_norm is not None:
                 x = pre_norm(x, **self.norm_condition)
+                if encoder.layer_types[index] == "a" and self.layer["mem"] is not None:
+                    self.layer["mem"] = pre_norm(self.layer["mem"], **self.norm_condition)
             kind = encoder.layer_types[index]
             out = {"a": self.attend, "c": self.cross, "f": self.feed_forward}[kind](x, block, position, late)
             if post_branch_norm is not None:
@@ -110,7 +127,12 @@ class _Run:
         return encoder.final_norm(x, **self.norm_condition)
 
     def injected(self, x: Tensor, late: bool) -> Tensor:
-        encoder = self.encoder
+        encoder, given = self.encoder, self.inputs.get("in_attn_cond")
+        if given is not None:
+            given = given[:, None] if given.dim() == 2 else given
+            if late and given.shape[1] > 1:
+                given = torch.cat((torch.zeros_like(self.cls), given), dim=1)
+            return x + given
         if not encoder.reinject_input:
             return x
         whole = torch.cat((self.cls, self.x), dim=1) if late else self.x
@@ -131,13 +153,18 @@ class _Run:
         return torch.cat((part(slice(self.num_cls), None), part(slice(self.num_cls, None), self.mask)), dim=1)
 
     def feed_forward(self, x: Tensor, block: Any, position: int, late: bool) -> Tensor:
+        embed = next(self.deep_embeds, None)
+        if embed is not None and late:
+            embed = torch.cat((torch.ones_like(self.cls), embed), dim=1)
         with self.shifted_tokens(late):
-            return block(x, **self.branch_condition)
+            return block(x, deep_embed=embed, **self.branch_condition)
 
-    def padded_mask(self) -> Tensor | None:
-        if self.mask is None:
+    def padded(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None:
             return None
-        return torch.cat((torch.ones(self.batch, self.num_cls, dtype=torch.bool), self.mask), dim=1)
+        front = mask.shape[1] - self.tokens
+        cls = torch.ones(self.batch, self.num_cls, dtype=torch.bool)
+        return torch.cat((mask[:, :front], cls, mask[:, front:]), dim=1)
 
     def cross(self, x: Tensor, block: Any, position: int, late: bool) -> Tensor:
         shared = {
@@ -152,7 +179,7 @@ class _Run:
         if late and previous is not None and previous.shape[-2] == self.tokens:
             nothing = previous.new_zeros(*previous.shape[:2], self.num_cls, previous.shape[-1])
             previous = torch.cat((nothing, previous), dim=-2)
-        mask = self.padded_mask() if late else self.mask
+        mask = self.padded(self.mask) if late else self.mask
         if alone:
             previous = None if previous is None else previous[..., : self.num_cls, :]
             out, inter = block(x[:, : self.num_cls], mask=None, prev_attn=previous, **shared)
@@ -198,7 +225,7 @@ class _Run:
     def softmax_over_queries(self, x: Tensor, block: Any, tokens_alone: bool) -> Tensor:
         """Where queries compete, those of CLS do so among themselves."""
         cls, tokens = x[:, : self.num_cls], x[:, self.num_cls :]
-        out = block(cls, context=x, context_mask=self.padded_mask())
+        out = block(cls, context=x, context_mask=self.padded(self.mask))
         token_out = self.tokens_alone(tokens, block, None)[0] if tokens_alone else torch.zeros_like(tokens)
         return torch.cat((out, token_out), dim=1)
 
@@ -215,13 +242,22 @@ class _Run:
     def arguments(self, num_cls: int) -> dict[str, Any]:
         encoder, inputs = self.encoder, self.inputs
         arguments: dict[str, Any] = {"return_intermediates": True, "rel_pos": encoder.rel_pos, **self.branch_condition}
-        pos = torch.arange(self.tokens) if encoder.rotary_pos_emb is not None else None
-        pos = inputs.get("pos", pos)
+        arguments.update(self.layer, additional_key_value_mask=inputs.get("additional_kv_mask"))
+        mems = 0 if self.layer["mem"] is None else self.layer["mem"].shape[1]
         if encoder.rotary_pos_emb is not None:
+            pos = inputs.get("pos", torch.arange(self.tokens + mems) - mems)
             freqs, scale = encoder.rotary_pos_emb(pos)
-            freqs = torch.cat((freqs.new_zeros(freqs.shape[0], num_cls, freqs.shape[2]), freqs), dim=1)
+            if num_cls and self.model.cls_rope == "skip":
+                freqs = torch.where(torch.cat((torch.ones(mems, dtype=torch.bool), self.rotate))[:, None], freqs, 0)
+            cls = freqs.new_zeros(freqs.shape[0], num_cls, freqs.shape[2])
+            freqs = torch.cat((freqs[:, :mems], cls, freqs[:, mems:]), dim=1)
             arguments["rotary_pos_emb"] = (freqs, scale)
             arguments["pos"] = torch.cat((torch.zeros(num_cls, dtype=pos.dtype), pos))
+        residual = self.layer["kv_input_residual"]
+        if residual is not None and num_cls:
+            arguments["kv_input_residual"] = torch.cat((torch.zeros_like(self.cls), residual), dim=1)
+        if "self_attn_kv_mask" in inputs:
+            arguments["context_mask"] = self.padded(self.kv_mask) if num_cls else self.kv_mask
         if getattr(encoder, "polar_pos_emb", None) is not None:
             arguments["polar_pos_emb"] = encoder.polar_pos_emb(torch.arange(self.tokens + num_cls) - num_cls)
         return arguments
@@ -230,12 +266,16 @@ class _Run:
         previous = self.previous["a"] if previous is None else previous
         kwargs = self.arguments(0)
         kwargs["attn_mask"] = self.inputs.get("attn_mask")
-        with emulated("mask", torch.ones(self.tokens, dtype=torch.bool), self.model.patch, rotated_heads(self.encoder)):
+        mems = 0 if self.layer["mem"] is None else self.layer["mem"].shape[1]
+        rotate = torch.cat((torch.ones(mems, dtype=torch.bool), self.rotate))
+        if self.model.cls_rope == "rotate":
+            return block(x, mask=self.mask, value_residual=values, prev_attn=previous, **kwargs)
+        with emulated(self.model.cls_rope, rotate, self.model.patch, rotated_heads(self.encoder)):
             return block(x, mask=self.mask, value_residual=values, prev_attn=previous, **kwargs)
 
     def whole(self, x: Tensor, block: Any, values: Any, previous: Any) -> Any:
         """All of [CLS, tokens], CLS free of positions, biases and masks over pairs."""
-        attention = next(m for m in block.modules() if isinstance(m, xt.Attention))
+        attention = self.attention = next(m for m in block.modules() if isinstance(m, xt.Attention))
         num_cls = self.num_cls
         if values is not None and values.shape[-2] == self.tokens:  # CLS keeps its own values
             v_input = x if x.dim() == 3 else x[2]
@@ -247,7 +287,9 @@ class _Run:
         attn_mask = self.inputs.get("attn_mask")
         if attn_mask is not None:
             kwargs["attn_mask"] = nn.functional.pad(attn_mask, (num_cls, 0, num_cls, 0), value=True)
-        rotate = torch.arange(num_cls + self.tokens) >= num_cls
+        mems = torch.ones(0 if self.layer["mem"] is None else self.layer["mem"].shape[1], dtype=torch.bool)
+        tokens = self.rotate if self.model.cls_rope == "mask" else torch.ones_like(self.rotate)
+        rotate = torch.cat((mems, torch.zeros(num_cls, dtype=torch.bool), tokens))
         with (
             self.model.patch.context() as patch,
             self.shifted_tokens(True),
@@ -255,7 +297,47 @@ class _Run:
             self.polar(patch),
         ):
             patch.setattr(xt_attend.Attend, "forward", self.free_of_positions)
-            return block(x, mask=self.padded_mask(), value_residual=values, prev_attn=previous, **kwargs)
+            if kwargs["rel_pos"] is not None and "pos" not in kwargs:
+                kwargs["rel_pos"] = lambda i, j: self.spread(self.encoder.rel_pos(i - num_cls, j - num_cls))
+            rel_proj = getattr(attention, "rel_proj_pos_bias", None)
+            if rel_proj is not None:
+                plain = type(rel_proj).forward
+                patch.setattr(
+                    type(rel_proj),
+                    "forward",
+                    lambda bias, t, seq_len_k: self.spread(plain(bias, t[:, num_cls:], seq_len_k - num_cls)),
+                )
+            return block(x, mask=self.padded(self.mask), value_residual=values, prev_attn=previous, **kwargs)
+
+    def pairs(self, keys: int) -> Tensor:
+        """Which of [CLS, tokens] sees which of the keys [..., mems, CLS, tokens]."""
+        num_cls, tokens, inputs = self.num_cls, self.tokens, self.inputs
+        front = keys - tokens
+        seen = torch.ones(self.batch, 1, num_cls + tokens, keys, dtype=torch.bool)
+        mems = 0 if self.layer["mem"] is None else self.layer["mem"].shape[1]
+        if self.kv_mask is not None:
+            seen[..., front:] &= self.kv_mask[:, None, None, -tokens:]
+        if self.layer["mem_mask"] is not None:
+            seen[..., front - num_cls - mems : front - num_cls] &= self.layer["mem_mask"][:, None, None]
+        added = inputs.get("additional_kv_mask")
+        if added is not None:
+            seen[..., : added.shape[1]] &= added[:, None, None]
+        if self.attention.max_attend_past is not None:
+            row = torch.arange(tokens)[:, None]
+            seen[:, :, num_cls:, front:] &= row - torch.arange(tokens) <= self.attention.max_attend_past
+            past = row - torch.arange(-mems, 0) <= self.attention.max_attend_past
+            seen[:, :, num_cls:, front - num_cls - mems : front - num_cls] &= past
+        if inputs.get("attn_mask") is not None:
+            seen[:, :, num_cls:, front:] &= inputs["attn_mask"]
+        return seen
+
+    def spread(self, bias: Tensor) -> Tensor:
+        """A bias of tokens as rows and of mems and tokens as keys, among rows and keys with CLS."""
+        *batch, _, keys = bias.shape
+        whole = bias.new_zeros(*batch, self.num_cls + self.tokens, keys + self.num_cls)
+        whole[..., self.num_cls :, : keys - self.tokens] = bias[..., : keys - self.tokens]
+        whole[..., self.num_cls :, keys - self.tokens + self.num_cls :] = bias[..., keys - self.tokens :]
+        return whole
 
     @property
     def free_of_positions(self) -> Any:
@@ -269,11 +351,7 @@ class _Run:
             if kwargs.get("attn_bias") is not None:
                 kwargs["attn_bias"] = kwargs["attn_bias"].masked_fill(row_is_cls | key_is_cls, 0.0)
             if kwargs.get("mask") is not None:
-                seen = torch.ones(run.batch, 1, 1, keys, dtype=torch.bool)
-                if run.mask is not None:
-                    seen[..., keys - run.tokens :] = run.mask[:, None, None]
-                mask = kwargs["mask"]
-                kwargs["mask"] = torch.where(row_is_cls, seen, mask | key_is_cls)
+                kwargs["mask"] = run.pairs(keys) | (key_is_cls & ~row_is_cls)
             return _plain_attend(attend, q, k, v, **kwargs)
 
         return forward

@@ -42,6 +42,14 @@ class JoinedCall:
         if attention.max_attend_past is not None:
             own["max_attend_past"] = None
             kwargs["attn_mask"] = self._not_past(attention, kwargs)
+        rel_pos = kwargs.get("rel_pos")
+        if rel_pos is not None and kwargs.get("pos") is None:
+            kwargs["rel_pos"] = lambda rows, keys: self._spread(rel_pos(rows - self.num_cls, keys - self.num_cls))
+        rel_proj = getattr(attention, "rel_proj_pos_bias", None)
+        if rel_proj is not None:
+            own["rel_proj_pos_bias"] = lambda x, seq_len_k: self._spread(
+                rel_proj(x[:, self.num_cls :], seq_len_k=seq_len_k - self.num_cls)
+            )
         if attention.hybrid_module is not None:
             own["hybrid_module"] = self._apart(attention.hybrid_module)
         if attention.orthog_projected_values or attention.orthog_projected_values_per_head:
@@ -55,6 +63,12 @@ class JoinedCall:
         key = torch.arange(keys, device=bias.device) - (keys - self.num_tokens)
         cls_keys = (key < 0) & (key >= -self.num_cls)
         return torch.where(cls_rows[:, None] | cls_keys, 0, bias)
+
+    def _spread(self, bias: Tensor) -> Tensor:
+        """A bias between tokens, (..., tokens, mems + tokens), with rows and columns of 0 for CLS."""
+        at = bias.shape[-1] - self.num_tokens
+        bias = torch.cat((F.pad(bias[..., :at], (0, self.num_cls)), bias[..., at:]), dim=-1)
+        return F.pad(bias, (0, 0, self.num_cls, 0))
 
     def with_polar(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Longer q and k: polar positions between tokens, the same position for pairs with CLS.
