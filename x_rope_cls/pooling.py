@@ -224,7 +224,7 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
 
     rows = by_key_head(pooled.transpose(1, 2).reshape(-1, heads, channels), key_heads, cyclic)
     out = torch.bmm(rows, call.v_weight.view(key_heads, -1, channels).mT)
-    out = by_row(out, heads, cyclic).view(batch, queries, heads, -1)
+    out = by_row(out, heads, cyclic).view(batch, queries, heads, call.v_weight.shape[0] // key_heads)
     if call.v_bias is not None:
         bias = per_head(call.v_bias, key_heads, heads, cyclic)
         if extra is None and (call.key_mask is not None or tokens == 0):  # rows without keys stay 0
