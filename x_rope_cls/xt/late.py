@@ -225,7 +225,9 @@ class LateCall:
         late = [*self.branches, self.frozen]
         for index, tokens in zip(range(len(layer_hiddens) - len(late), len(layer_hiddens)), late, strict=True):
             layer_hiddens[index] = torch.cat((layer_hiddens[index], tokens), dim=-2)
-        block_hiddens = getattr(intermediates, "block_hiddens", None) or []
+        block_hiddens = getattr(intermediates, "block_hiddens", None)
+        if not block_hiddens:
+            return
         ends = sum(self._ends_block(position) for position in self.executed)
         for index in range(max(0, len(block_hiddens) - ends), len(block_hiddens) - 1):  # the last is the output
             block_hiddens[index] = torch.cat((block_hiddens[index], self.frozen), dim=-2)
