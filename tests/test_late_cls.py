@@ -97,6 +97,17 @@ def test_map_is_that_of_the_last_class_attention(mode):
     assert torch.allclose(weights, late.class_layers[1](tokens, x_cls, need_weights=True)[1])
 
 
+@pytest.mark.parametrize("mode", ["class_attention", "join"])
+def test_cls_alone(mode):
+    late = make(3, mode, layers=layers(2))
+    x = torch.randn(4, 7, DIM).double()
+    out, weights = late(x, need_weights=True)
+    assert torch.equal(late(x, return_tokens=False), out[:, :3])
+    alone, same = late(x, need_weights=True, return_tokens=False)
+    assert torch.equal(alone, out[:, :3])
+    assert torch.equal(same, weights)
+
+
 def test_without_layers():
     x = torch.randn(4, 7, DIM).double()
     for mode in ("class_attention", "join"):

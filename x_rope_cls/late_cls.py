@@ -91,13 +91,19 @@ class LateCLS(nn.Module):
         return self.cls_tokens.shape[0]
 
     @overload
-    def forward(self, x: Tensor, key_mask: Tensor | None = None, need_weights: Literal[False] = False) -> Tensor: ...
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        need_weights: Literal[False] = False,
+        return_tokens: bool = True,
+    ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, *, need_weights: Literal[True]
+        self, x: Tensor, key_mask: Tensor | None = None, *, need_weights: Literal[True], return_tokens: bool = True
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
-        self, x: Tensor, key_mask: Tensor | None = None, need_weights: bool = False
+        self, x: Tensor, key_mask: Tensor | None = None, need_weights: bool = False, return_tokens: bool = True
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Runs the layers and lets CLS in.
 
@@ -105,10 +111,11 @@ class LateCLS(nn.Module):
             x: (batch, tokens, dim), without CLS; float32, float64, bfloat16 or float16.
             key_mask: bool (batch, tokens), True: attend.
             need_weights: also return the attention map of the last class-attention layer.
+            return_tokens: False: return CLS alone, which in "class_attention" saves a copy of the tokens.
 
         Returns:
-            (batch, num_cls_tokens + tokens, dim), CLS in front; and, if wanted, the map
-            (batch, num_heads, num_cls_tokens, num_cls_tokens + tokens).
+            (batch, num_cls_tokens + tokens, dim), CLS in front, or (batch, num_cls_tokens, dim); and, if wanted, the
+            map (batch, num_heads, num_cls_tokens, num_cls_tokens + tokens).
 
         Raises:
             ValueError: shapes do not fit.
@@ -130,13 +137,17 @@ class LateCLS(nn.Module):
         x_cls = self.class_layers[-1](x, x_cls, key_mask, need_weights=need_weights)
         if need_weights:
             x_cls, weights = x_cls
-        x = torch.cat((x_cls.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
-
-        if self.at < len(self.layers) and key_mask is not None:
+        out = x_cls.to(x.dtype)
+        rest = range(self.at, len(self.layers))
+        if rest or return_tokens:
+            out = torch.cat((out, x), dim=1)
+        if rest and key_mask is not None:
             key_mask = F.pad(key_mask, (self.num_cls_tokens, 0), value=True)
-        for index in range(self.at, len(self.layers)):
-            x = self._run(index, x, key_mask)
-        return x if weights is None else (x, weights)
+        for index in rest:
+            out = self._run(index, out, key_mask)
+        if rest and not return_tokens:
+            out = out[:, : self.num_cls_tokens]
+        return out if weights is None else (out, weights)
 
     def _run(self, index: int, x: Tensor, key_mask: Tensor | None) -> Tensor:
         layer: Callable[..., Tensor] = self.layers[index]
