@@ -17,6 +17,8 @@ import x_transformers
 from x_transformers.x_transformers import Attention
 from xt_cases import VERSION, one_thread  # noqa: F401  (used by every test)
 
+from x_rope_cls.pooling import pool_attention
+from x_rope_cls.xt import few
 from x_rope_cls.xt.absorbed import absorbed_reasons, is_plain, option_reasons
 
 DIM = 24
@@ -170,6 +172,21 @@ def test_rows_without_tokens(options):
     torch.testing.assert_close(results["out"][:1], alone["out"])
     empty = ours(context[:, :0])
     assert empty.isfinite().all()
+
+
+def test_blocks_run_absorbed(monkeypatch):
+    """Keys and values of the tokens are not formed at any depth."""
+    calls = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs["form"])
+        return pool_attention(*args, **kwargs)
+
+    monkeypatch.setattr(few, "pool_attention", spy)
+    _, ours = make_pair({"depth": 3})
+    context, mask = make_inputs({})
+    ours(context, mask)
+    assert calls == ["absorbed"] * 3
 
 
 def test_attention_options_reach_the_blocks():

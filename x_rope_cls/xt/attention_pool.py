@@ -15,7 +15,7 @@ from x_transformers.x_transformers import Attention
 
 from .._checks import check_count
 from ..pooling import pool_attention
-from .absorbed import is_plain, option_reasons
+from .absorbed import absorbed_reasons, is_plain, option_reasons
 from .attention import convert_attention
 from .encoder import attention_layers
 
@@ -184,7 +184,7 @@ class AttentionPool(XAttentionPool):
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         queries = queries.expand(context.shape[0], -1, -1)
-        if mask is not None:  # so that no NaN in padding gets into gradients of projections
+        if mask is not None and (kwargs or self._forms_keys(queries.shape[1])):  # no NaN of padding into gradients
             context = torch.where(mask[..., None], context, 0)
         if not need_weights:
             return self.pooler(queries, context, context_mask=mask, **kwargs), None
@@ -198,6 +198,11 @@ class AttentionPool(XAttentionPool):
             keys = F.pad(mask, (weights.shape[-1] - mask.shape[-1], 0), value=True)
             weights = torch.where(keys[:, None, None], weights, 0)
         return ((pooled, found) if wanted else pooled), weights
+
+    def _forms_keys(self, queries: int) -> bool:
+        """Whether an attention of the pooler projects all tokens."""
+        found = (m for m in self.pooler.modules() if isinstance(m, Attention))
+        return any(absorbed_reasons(attention, queries, memory_apart=True) for attention in found)
 
 
 def _with_maps(module: nn.Module) -> nn.Module:
