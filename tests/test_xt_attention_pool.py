@@ -283,6 +283,31 @@ def test_hooks_of_the_pooler_run():
     assert seen == [1]
 
 
+@pytest.mark.parametrize(
+    ("options", "form", "reason"),
+    [
+        ({}, "absorbed", ""),
+        ({"depth": 2, "num_pooled_tokens": 4}, "absorbed", ""),
+        ({"attn_kwargs": {"num_mem_kv": 2, "gate_values": True}}, "absorbed", ""),
+        ({"attn_kwargs": {"qk_norm": True}}, "ordinary", "keys are normalised after their projection"),
+        ({"num_pooled_tokens": 9}, "ordinary", "9 queries are too many for 3 heads"),
+        ({"depth": 2, "attn_kwargs": {"dropout": 0.1}}, "ordinary", "attention dropout in training"),
+        ({"attn_kwargs": {"sigmoid": True}}, "composite", "attn_sigmoid replaces the softmax"),
+    ],
+)
+def test_explain(options, form, reason):
+    pool = x_rope_cls.AttentionPool(**{**BASE, **options})
+    report = x_rope_cls.explain(nn.Sequential(pool))
+    assert len(report) == options.get("depth", 1)
+    for row in report:
+        assert (row.kind, row.form, row.fused) == ("pool", form, form != "composite")
+        assert row.reason.startswith(reason)
+        assert bool(row.reason) == bool(reason)
+    assert form in str(report)
+    if reason == "attention dropout in training":
+        assert {row.form for row in x_rope_cls.explain(pool.eval())} == {"absorbed"}
+
+
 def test_replaced_projection_is_called():
     """A module in the place of to_k (an adapter, a quantised layer) is not looked into."""
     _, ours = make_pair({})

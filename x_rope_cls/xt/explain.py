@@ -10,7 +10,9 @@ from torch import nn
 from x_transformers.x_transformers import Attention, AttentionLayers
 
 from . import devices
+from .absorbed import absorbed_reasons
 from .attention import RopeAttention
+from .attention_pool import AttentionPool
 from .class_step import step_reasons
 from .encoder import RopeEncoderMixin, attention_layers
 from .late import entry_position, late_roles
@@ -28,13 +30,13 @@ class Row:
     Attributes:
         layer: path of the module in the model.
         kind: "self", "cross", or "other" for attention outside an encoder's layers; "class": late CLS attends to itself
-            and to all tokens.
+            and to all tokens; "pool": the queries of an AttentionPool attend to all tokens.
         fused: attention runs in this package's operators.
-        reason: why it does not; for late CLS in the ordinary form, why keys and values are formed; else "".
+        reason: why it does not; in the ordinary form, why keys and values are formed; else "".
         cls_rope: what happens to tokens without a position.
         backend: what computes the attention.
-        form: of attention of late CLS: "absorbed" (keys and values of the tokens are never formed), "ordinary" or
-            "composite"; "" for other layers.
+        form: of attention of late CLS and of an AttentionPool: "absorbed" (keys and values of the tokens are never
+            formed), "ordinary" or "composite"; "" for other layers.
     """
 
     layer: str
@@ -72,8 +74,8 @@ class Report(Sequence[Row]):
         return all(row.fused for row in self.rows)
 
     def __str__(self) -> str:
-        late = any(row.form for row in self.rows)
-        names = [field.name for field in fields(Row) if late or field.name != "form"]
+        forms = any(row.form for row in self.rows)
+        names = [field.name for field in fields(Row) if forms or field.name != "form"]
         cells = [[_cell(getattr(row, name)) for name in names] for row in self.rows]
         widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
         lines = ["  ".join(map(str.ljust, row, widths)) for row in [names, *cells]]
@@ -99,24 +101,36 @@ def explain(model: nn.Module) -> Report:
     for _, encoder in encoders:
         for layer_type, attention in attention_layers(encoder):
             owner[id(attention)] = (_KINDS[layer_type], encoder)
+    pools = {id(m): pool for pool in model.modules() if isinstance(pool, AttentionPool) for m in pool.pooler.modules()}
     rows = [
         row
         for name, module in model.named_modules()
         if isinstance(module, Attention)
-        for row in _rows(name, module, *owner.get(id(module), ("other", None)))
+        for row in _rows(name, module, *owner.get(id(module), ("other", None)), pools.get(id(module)))
     ]
     notes = [note for name, encoder in encoders for note in _notes(name, encoder)]
     notes += [note for name, module in model.named_modules() for note in _uncounted(name, module)]
     return Report(rows, [*notes, f"x-transformers {installed_version()}"])
 
 
-def _rows(name: str, attention: Attention, kind: str, encoder: Any) -> list[Row]:
+def _rows(name: str, attention: Attention, kind: str, encoder: Any, pool: AttentionPool | None) -> list[Row]:
     row = _row(name, attention, kind, encoder)
+    if pool is not None:
+        return [_pool_row(row, attention, pool)]
     if kind != "self" or getattr(encoder, "late_cls", None) is None:
         return [row]
     early, pools = late_roles(encoder, attention)
     rows = [row] if early or not pools else []
     return [*rows, _class_row(row, attention, encoder)] if pools else rows
+
+
+def _pool_row(row: Row, attention: Attention, pool: AttentionPool) -> Row:
+    """The row of an attention in an AttentionPool, as it is now: in training or not."""
+    if not row.fused:
+        return replace(row, kind="pool", form="composite")
+    learned: Any = pool.queries
+    reasons = absorbed_reasons(attention, None if learned is None else learned.shape[0], memory_apart=True)
+    return replace(row, kind="pool", form="ordinary" if reasons else "absorbed", reason="; ".join(reasons))
 
 
 def _class_row(row: Row, attention: Attention, encoder: Any) -> Row:
