@@ -68,6 +68,24 @@ def test_masked_tokens_never_matter(form):
     assert found[0].out[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("B", "N", "M"), [(0, 5, 2), (2, 5, 0), (2, 0, 2), (0, 0, 1)])
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_nothing_to_do(form, B, N, M, key_heads):
+    """Empty batches, sequences and sets of queries."""
+    k_weight, v_weight = torch.randn(8 * key_heads, 12), torch.randn(8 * key_heads, 12)
+    leaves = [torch.randn(B, N, 12), torch.randn(B, M, 2, 8), k_weight, v_weight]
+    x, q, k_weight, v_weight = (t.requires_grad_() for t in leaves)
+    pooled = pool_attention(
+        *(x, q, k_weight, v_weight), v_bias=torch.ones(8 * key_heads), form=form, return_lse=True, need_weights=True
+    )
+    assert [t.shape for t in pooled] == [(B, M, 2, 8), (B, 2, M), (B, 2, M, N)]
+    if N == 0:
+        assert not pooled.out.any()
+        assert (pooled.lse == -torch.inf).all()
+    assert all(t.isfinite().all() for t in torch.autograd.grad(pooled.out.sum(), (x, q, k_weight, v_weight)))
+
+
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_mask_over_pairs(kind):
     case = replace(
@@ -172,7 +190,8 @@ def test_dropout():
         ({"k_weight": (15, 12)}, "k_weight must have a divisor of 2 heads, times 8 rows, got 15"),
         ({"k_weight": (24, 12)}, "k_weight must have a divisor of 2 heads, times 8 rows, got 24"),
         ({"v_weight": (15, 12)}, "v_weight must have a multiple of 2 key heads as rows, got 15"),
-        ({"extra": (3, 1, 12)}, "extra must be (2 or 1, extra, 12), got (3, 1, 12)"),
+        ({"extra": (3, 1, 12)}, "extra must be (2 or 1, at least 1, 12), got (3, 1, 12)"),
+        ({"extra": (2, 0, 12)}, "extra must be (2 or 1, at least 1, 12), got (2, 0, 12)"),
     ],
 )
 def test_shape_errors(change, message):

@@ -14,18 +14,23 @@ def by_key_head(rows: Tensor, key_heads: int, cyclic: bool) -> Tensor:
     count, heads, dim = rows.shape
     if heads == key_heads:
         return rows.transpose(0, 1)
+    group = heads // key_heads
     if cyclic:
-        return rows.view(count, -1, key_heads, dim).permute(2, 0, 1, 3).reshape(key_heads, -1, dim)
-    return rows.view(count, key_heads, -1, dim).transpose(0, 1).reshape(key_heads, -1, dim)
+        sorted_rows = rows.view(count, group, key_heads, dim).permute(2, 0, 1, 3)
+    else:
+        sorted_rows = rows.view(count, key_heads, group, dim).transpose(0, 1)
+    return sorted_rows.reshape(key_heads, count * group, dim)
 
 
 def by_row(grouped: Tensor, heads: int, cyclic: bool) -> Tensor:
     """The way back: (key_heads, rows * group, dim) to (rows, heads, dim)."""
-    key_heads, _, dim = grouped.shape
+    key_heads, count, dim = grouped.shape
     if heads == key_heads:
         return grouped.transpose(0, 1)
-    grouped = grouped.view(key_heads, -1, heads // key_heads, dim)
-    return grouped.permute((1, 2, 0, 3) if cyclic else (1, 0, 2, 3)).reshape(-1, heads, dim)
+    group = heads // key_heads
+    count = count // group
+    grouped = grouped.view(key_heads, count, group, dim)
+    return grouped.permute((1, 2, 0, 3) if cyclic else (1, 0, 2, 3)).reshape(count, heads, dim)
 
 
 def ungroup(t: Tensor, key_heads: int) -> Tensor:

@@ -159,7 +159,7 @@ def pool_attention(
             ``h % key_heads`` (x-transformers).
         form: "auto": see :func:`ordinary_reasons`.
         return_lse: return the logsumexp too; -inf for a row without any key.
-        need_weights: return the attention map too, made from the logsumexp.
+        need_weights: return the attention map too, made from the logsumexp; normalised tokens are stored meanwhile.
 
     Returns:
         out, lse and weights. A row without any key has output, weights and gradients 0.
@@ -212,9 +212,9 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
     x, q, extra = call.x, call.q, call.extra
     queries, heads, key_dim = q.shape[1:]
     batch, tokens, channels = x.shape
-    rows = by_key_head(q.reshape(-1, heads, key_dim), key_heads, cyclic)
+    rows = by_key_head(q.reshape(q.shape[0] * queries, heads, key_dim), key_heads, cyclic)
     folded = torch.bmm(rows, call.k_weight.view(key_heads, key_dim, channels))
-    query = by_row(folded, heads, cyclic).view(q.shape[0], queries, heads, channels).transpose(1, 2)
+    query = by_row(folded, heads, cyclic).unflatten(0, (q.shape[0], queries)).transpose(1, 2)
 
     pooled, lse = _pool(x, query, call.key_mask, call.scale, call.norm)
     if extra is not None:
@@ -222,9 +222,9 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
             extra = extra.expand(query.shape[0], -1, -1)
         pooled, lse = _merge(pooled, lse, *_pool(extra, query, None, call.scale, None))
 
-    rows = by_key_head(pooled.transpose(1, 2).reshape(-1, heads, channels), key_heads, cyclic)
+    rows = by_key_head(pooled.transpose(1, 2).reshape(batch * queries, heads, channels), key_heads, cyclic)
     out = torch.bmm(rows, call.v_weight.view(key_heads, -1, channels).mT)
-    out = by_row(out, heads, cyclic).view(batch, queries, heads, call.v_weight.shape[0] // key_heads)
+    out = by_row(out, heads, cyclic).unflatten(0, (batch, queries))
     if call.v_bias is not None:
         bias = per_head(call.v_bias, key_heads, heads, cyclic)
         if extra is None and (call.key_mask is not None or tokens == 0):  # rows without keys stay 0
@@ -319,7 +319,8 @@ def _keys_and_values(call: _Call, x: Tensor, key_heads: int) -> tuple[Tensor, Te
 def _map(q: Tensor, k: Tensor, lse: Tensor, call: _Call) -> Tensor:
     """Attention weights of q over k, whose heads are in PyTorch's order, from the logsumexp over all keys."""
     compute = lse.dtype
-    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]).to(compute)
+    key_heads = k.shape[1]
+    rows = q.reshape(q.shape[0], key_heads, q.shape[1] // key_heads * q.shape[2], q.shape[3]).to(compute)
     if call.key_mask is not None:
         k = torch.where(call.key_mask[:, None, :, None], k, 0)
     scores = rows @ k.to(compute).mT * call.scale
@@ -348,8 +349,10 @@ def _check_arguments(x: Tensor, q: Tensor, extra: Tensor | None, head_order: str
     if q.dim() != 4 or q.shape[0] not in (1, batch):
         expected = f"({batch} or 1, queries, heads, key_dim)"
         raise ValueError(f"pool_attention: q must be {expected}, got {tuple(q.shape)}")
-    if extra is not None and (extra.dim() != 3 or extra.shape[0] not in (1, batch) or extra.shape[2] != channels):
-        expected = f"({batch} or 1, extra, {channels})"
+    if extra is None:
+        return
+    if extra.dim() != 3 or extra.shape[0] not in (1, batch) or extra.shape[1] == 0 or extra.shape[2] != channels:
+        expected = f"({batch} or 1, at least 1, {channels})"
         raise ValueError(f"pool_attention: extra must be {expected}, got {tuple(extra.shape)}")
 
 
