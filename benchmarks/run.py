@@ -81,13 +81,17 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
         say(line)
     before = machine.measure_limits(options.limit_seconds)
     flush = machine.cache_flush() if options.cold else None
-    for index, row in enumerate(rows):
-        left = options.minutes * 60 - (time.perf_counter() - start)
-        seconds = min(_MOST_ROW_SECONDS[options.quick], max(0.0, left) * _SHARE_OF_BUDGET / (len(rows) - index))
-        began = time.perf_counter()
-        results.rows.append(measure_row(row, seconds, quick=options.quick, tiny=options.tiny, flush=flush))
-        outcome = f"{results.rows[-1].status} {results.rows[-1].reason}".strip()
-        say(f"[{index + 1}/{len(rows)}] {row.name}: {outcome}, {time.perf_counter() - began:.1f} s")
+    try:
+        for index, row in enumerate(rows):
+            left = options.minutes * 60 - (time.perf_counter() - start)
+            seconds = min(_MOST_ROW_SECONDS[options.quick], max(0.0, left) * _SHARE_OF_BUDGET / (len(rows) - index))
+            began = time.perf_counter()
+            found = measure_row(row, seconds, quick=options.quick, tiny=options.tiny, flush=flush)
+            results.rows.append(found)
+            outcome = f"{found.status} {found.reason}".strip()
+            say(f"[{index + 1}/{len(rows)}] {row.name}: {outcome}, {time.perf_counter() - began:.1f} s")
+    except KeyboardInterrupt:
+        say("Stopped: what follows is of the rows so far.")
     after = machine.measure_limits(options.limit_seconds)
     results.limits = {"before": before, "after": after, "best": machine.best_limits([before, after])}
     results.header["load_after"] = list(os.getloadavg())

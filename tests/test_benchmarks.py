@@ -181,6 +181,17 @@ def test_rows_are_selected_by_name(tmp_path: Path, rows: list[case.Row]) -> None
         selected("rope/float")
 
 
+def test_rows_so_far_are_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: Any) -> None:
+    def stop() -> case.Case:
+        raise KeyboardInterrupt
+
+    rows = [a_row(lambda: case.Case(torch.zeros(1).clone, [])), replace(a_row(stop), name="test/other")]
+    monkeypatch.setattr(run, "all_rows", lambda: rows)
+    run.run(tiny_options(tmp_path))
+    saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in saved["rows"]] == ["test/row"]
+
+
 def test_a_missing_package_is_named() -> None:
     def build() -> case.Case:
         raise ModuleNotFoundError("no", name="some_peer")

@@ -19,13 +19,13 @@ def rows() -> list[Row]:
             name=f"late-cls/{late_cls}/{work.replace(' ', '-')}",
             title=f"Encoder late_cls={late_cls!r} {work}",
             build=_build,
-            sizes={"batch": 2, "tokens": 1024, "dim": 512, "depth": 6, "late_cls": late_cls, "backward": backward},
+            sizes={"batch": 1, "tokens": 1024, "dim": 512, "depth": 6, "late_cls": late_cls, "backward": backward},
             tiny={"batch": 1, "tokens": 20, "dim": 64, "depth": 3},
             backward=backward,
             tolerance=1e-3,
             quick=not backward,
             note=(
-                "dim 512, depth 6, heads 8, N 1024 and CLS, batch 2; the peer has CLS in all layers, cls_rope 'mask'; "
+                "dim 512, depth 6, heads 8, N 1024 and CLS; the peer has CLS in all layers, cls_rope 'mask'; "
                 "ours is compared with itself in float64"
             ),
         )
