@@ -15,10 +15,9 @@ from strategies import examples
 from torch._subclasses import FakeTensorMode
 
 import x_rope_cls
-from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, ops, rope_attention
+from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, late_cls_pool, ops, rope_attention
 
 B, H, HKV, N, M, D, DV, P = 2, 4, 2, 5, 6, 8, 3, 2
-PATTERN = re.compile(r"(rope|rope_table_grad|rope_attention|rope_attention_backward): .+ must be .+, got .+", re.DOTALL)
 
 
 def rope_arguments() -> dict[str, Any]:
@@ -70,12 +69,37 @@ def backward_arguments() -> dict[str, Any]:
     return {**before, **qkv, **between, **rest, "need_bias_grad": True, "need_table_grad": True}
 
 
+def pool_arguments() -> dict[str, Any]:
+    return {
+        "x": torch.randn(B, N, D),
+        "query": torch.randn(1, H, M, D),
+        "key_mask": torch.ones(B, N, dtype=torch.bool),
+        "norm_weight": torch.randn(D),
+        "norm_bias": torch.randn(D),
+        "scale": 0.5,
+        "norm": 1,
+        "norm_eps": 1e-5,
+    }
+
+
+def pool_backward_arguments() -> dict[str, Any]:
+    rest = pool_arguments()
+    tokens = {name: rest.pop(name) for name in ("x", "query")}
+    before = {"grad": torch.randn(B, H, M, D), "grad_lse": torch.randn(B, H, M)}
+    between = {"pooled": torch.randn(B, H, M, D), "lse": torch.randn(B, H, M)}
+    return {**before, **tokens, **between, **rest, "need_x_grad": True}
+
+
 OPERATORS = {
     "rope": (ops.rope, rope_arguments),
     "rope_table_grad": (ops.rope_table_grad, table_grad_arguments),
     "rope_attention": (ops.rope_attention, attention_arguments),
     "rope_attention_backward": (ops.rope_attention_backward, backward_arguments),
+    "late_cls_pool": (ops.late_cls_pool, pool_arguments),
+    "late_cls_pool_backward": (ops.late_cls_pool_backward, pool_backward_arguments),
 }
+PATTERN = re.compile(rf"({'|'.join(OPERATORS)}): .+ must be .+, got .+", re.DOTALL)
+REQUIRED = ("q", "k", "v", "grad_out", "out", "lse", "x", "query", "grad", "pooled")  # of those with optional tensors
 
 SHAPES = [
     *((), (N,), (P,), (N, P), (M, P), (N, P + 1), (N, 0), (N, D), (P, N), (1, P), (H, N, P), (HKV, M, P), (3, N, P)),
@@ -93,10 +117,18 @@ SHAPES = [
     ),
     *((B, H, N, M), (H, 1, 1), (3, N, M), (1, 1, 1, 1, 1), (B, H, N), (B, N, H), (B, H, N, D), (B, H, N, D + 1)),
     *((B, H, N, 0), (B, HKV, M, 0), (B, 3, M, D), (B, 0, M, D), (3, HKV, M, D), (B, HKV, N, D), (B, HKV, M, DV), (0,)),
+    *((D,), (1, D), (D + 1,), (B, N, D), (B, N, 0), (B, N, D + 1), (B, M, D), (3, N, D), (1, H, M, D), (B, H, M, D)),
+    *((3, H, M, D), (B, H, M), (1, HKV, M, D), (H, M, D)),
 ]
 BAD_DTYPES = [torch.int64, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fn, torch.bool]
 ALL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, *BAD_DTYPES]
-BAD_NUMBERS = {"cls_rope": [-1, 3, 2**40], "scale": [math.nan, math.inf], "dropout_p": [-0.1, 1.5, math.nan]}
+BAD_NUMBERS = {
+    "cls_rope": [-1, 3, 2**40],
+    "scale": [math.nan, math.inf],
+    "dropout_p": [-0.1, 1.5, math.nan],
+    "norm": [-1, 0, 3, 2**40],
+    "norm_eps": [-1e-5, math.nan, math.inf],
+}
 
 
 def message(op: Any, arguments: dict[str, Any], fake: bool) -> str | None:
@@ -165,11 +197,42 @@ def wrong(name: str) -> list[tuple[str, Any, str]]:
         ("attn_mask", torch.ones(N, M, dtype=torch.bool), "attn_mask must be floating where need_bias_grad is set"),
     ]
     grad = [("grad", torch.randn(B, H, N, D + 1), "grad must be of shape (2, 4, 5, 8), got (2, 4, 5, 9)")]
+    query_shape = "query must be of shape (batch, heads, queries, channels) with batch 2 or 1 and 8 channels, got "
+    pool = [
+        ("x", torch.randn(N, D), "x must be of shape (batch, tokens, channels), got (5, 8)"),
+        (
+            "x",
+            torch.zeros(B, N, D, dtype=torch.int32),
+            "x must be float32, float64, bfloat16 or float16, got torch.int32",
+        ),
+        ("x", torch.randn(B, N, 0), "channels of x must be at least 1, got 0"),
+        ("query", torch.randn(1, H, M, D).double(), "query must be torch.float32, got torch.float64"),
+        ("query", torch.randn(H, M, D), query_shape + "(4, 6, 8)"),
+        ("query", torch.randn(3, H, M, D), query_shape + "(3, 4, 6, 8)"),
+        ("query", torch.randn(B, H, M, D - 1), query_shape + "(2, 4, 6, 7)"),
+        ("key_mask", torch.ones(1, N, dtype=torch.bool), "key_mask must be of shape (2, 5), got (1, 5)"),
+        ("key_mask", torch.ones(B, N), "key_mask must be torch.bool, got torch.float32"),
+        ("norm_weight", torch.randn(1, D), "norm_weight must be of shape (8,), got (1, 8)"),
+        ("norm_bias", torch.randn(D).half(), "norm_bias must be torch.float32, got torch.float16"),
+        ("norm", 0, "norm_weight must be None where norm is 0, got a tensor"),
+        ("norm", 3, "norm must be 0, 1 or 2, got 3"),
+        ("scale", math.inf, "scale must be finite, got inf"),
+        ("norm_eps", -1e-5, "norm_eps must be finite and at least 0, got -1e-05"),
+        ("norm_eps", math.nan, "norm_eps must be finite and at least 0, got nan"),
+    ]
+    pool_backward = [
+        ("grad", torch.randn(1, H, M, D), "grad must be of shape (2, 4, 6, 8), got (1, 4, 6, 8)"),
+        ("grad_lse", torch.randn(B, H, M).double(), "grad_lse must be torch.float32, got torch.float64"),
+        ("pooled", torch.randn(B, H, M, D).half(), "pooled must be torch.float32, got torch.float16"),
+        ("lse", torch.randn(B, M, H), "lse must be of shape (2, 4, 6), got (2, 6, 4)"),
+    ]
     return {
         "rope": rope,
         "rope_table_grad": [case for case in rope if case[0] != "sin"] + grad,
         "rope_attention": attention,
         "rope_attention_backward": attention + backward,
+        "late_cls_pool": pool,
+        "late_cls_pool_backward": pool + pool_backward,
     }[name]
 
 
@@ -203,14 +266,7 @@ def test_anything_wrong_is_refused_alike(name, data):
         if isinstance(value, torch.Tensor):
             shape = data.draw(st.one_of(st.just(tuple(value.shape)), st.sampled_from(SHAPES)))
             dtype = data.draw(st.one_of(st.just(value.dtype), st.sampled_from(ALL_DTYPES)))
-            optional = name not in ("rope", "rope_table_grad") and argument not in (
-                "q",
-                "k",
-                "v",
-                "grad_out",
-                "out",
-                "lse",
-            )
+            optional = name not in ("rope", "rope_table_grad") and argument not in REQUIRED
             arguments[argument] = data.draw(st.sampled_from([torch.zeros(shape).to(dtype), None][: 1 + optional]))
         elif isinstance(value, bool):
             arguments[argument] = not value
@@ -225,12 +281,16 @@ def test_numbers_beyond_32_bit_lengths_are_refused():
     for q in (x, x.expand(1, 1, 2**31, 2)):
         with pytest.raises(RuntimeError, match="must be of at most 2147483647 tokens, got 2147483648"):
             ops.rope(q, cos, cos, None, True, False)
+    with pytest.raises(RuntimeError, match="x must be of at most 2147483647 tokens, got 2147483648"):
+        ops.late_cls_pool(x[0], x[:, :, :1], None, None, None, 1.0, 0, 0.0)
 
 
 def test_another_device_is_refused():
     x, cos = torch.randn(B, H, N, D, device="meta"), torch.randn(N, P)
     with pytest.raises(RuntimeError, match="cos must be on another device, got cpu"):
         ops.rope(x, cos, cos, None, True, False)
+    with pytest.raises(RuntimeError, match="query must be on another device, got cpu"):
+        ops.late_cls_pool(x[:, 0], torch.randn(1, 1, 1, D), None, None, None, 1.0, 0, 0.0)
 
 
 class TestPublicFunctions:
@@ -277,6 +337,21 @@ class TestPublicFunctions:
                 rope_attention(t, t, t)
             with pytest.raises(RuntimeError, match=r"x must be of shape \(batch, heads, tokens, head_dim\)"):
                 apply_rope(t, self.rotary)
+
+    def test_norms_of_a_pool(self):
+        x, query = torch.randn(B, N, D), torch.randn(1, 1, 1, D)
+        for norm in ("batch", "", "Layer", 1):
+            with pytest.raises(ValueError, match=f"late_cls_pool: norm must be 'layer', 'rms' or None, got {norm!r}"):
+                late_cls_pool(x, query, norm=norm)
+        with pytest.raises(RuntimeError, match="norm_weight must be None where norm is 0, got a tensor"):
+            late_cls_pool(x, query, norm_weight=torch.ones(D))
+        with pytest.raises(RuntimeError, match="norm_eps must be finite and at least 0, got -1"):
+            late_cls_pool(x, query, norm="rms", norm_eps=-1.0)
+
+    def test_pools_of_too_few_axes(self):
+        for shape in ((), (3,), (3, 4), (1, 2, 3, 4)):
+            with pytest.raises(RuntimeError, match=r"x must be of shape \(batch, tokens, channels\), got"):
+                late_cls_pool(torch.randn(shape), self.q)
 
     def test_dropout_out_of_range(self):
         for p in (-0.1, 1.1, math.nan):

@@ -7,7 +7,7 @@ import torch
 from strategies import MODES, TABLES, Generator, make_rotate, make_tables
 from torch.autograd import gradcheck, gradgradcheck
 
-from x_rope_cls import Rotary, apply_rope, reference, rope_attention
+from x_rope_cls import Rotary, apply_rope, late_cls_pool, reference, rope_attention
 
 
 def leaf(t: torch.Tensor) -> torch.Tensor:
@@ -81,3 +81,37 @@ def test_attention(isa, cls_rope, options):
     if options == "tables":
         tables = [leaf(t) for t in tables]
     assert gradcheck(call, (q, k, v, *tables, attn_mask), atol=1e-6)
+
+
+def pool_arguments(norm, options):
+    generator = Generator(3)
+    B, H, M, N, C = 2, 2, 1, 3, 4
+    x = leaf(generator.normal(B, N, C)).requires_grad_(options != "frozen_tokens")
+    query = leaf(generator.normal(B if options == "own_queries" else 1, H, M, C))
+    weight, bias = (leaf(generator.normal(C)) if norm else None for _ in range(2))
+    return x, query, weight, bias
+
+
+def pool_function(function, norm, options):
+    key_mask = torch.tensor([[True, False, True], [False] * 3]) if options == "keys" else None
+
+    def call(x, query, weight, bias):
+        vectors = {"norm": norm, "norm_weight": weight, "norm_bias": bias, "norm_eps": 0.1}
+        pooled, lse = function(x, query, key_mask=key_mask, scale=0.6, return_lse=True, **vectors)
+        return pooled, lse.nan_to_num(neginf=0.0)
+
+    return call
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("options", ["plain", "keys", "own_queries", "frozen_tokens"])
+def test_late_cls_pool(isa, norm, options):
+    assert gradcheck(pool_function(late_cls_pool, norm, options), pool_arguments(norm, options), atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+def test_reference_late_cls_pool(norm):
+    """Its second derivatives too, which the operator leaves to it."""
+    call, arguments = pool_function(reference.late_cls_pool, norm, "keys"), pool_arguments(norm, "keys")
+    assert gradcheck(call, arguments, atol=1e-6)
+    assert gradgradcheck(call, arguments, atol=1e-6)

@@ -205,6 +205,75 @@ def test_late_cls_pool_equals_attention_over_the_tokens(batched_query, masked):
     torch.testing.assert_close(default, reference.late_cls_pool(x, query, scale=1.0))
 
 
+def loop_norm(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """One token at a time."""
+    y = x.clone()
+    for b, n in itertools.product(*map(range, x.shape[:2])):
+        values = x[b, n].tolist()
+        mean = sum(values) / len(values) if norm == "layer" else 0.0
+        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        for c, value in enumerate(values):
+            factor = 1.0 if weight is None else weight[c].item()
+            y[b, n, c] = factor * (value - mean) / math.sqrt(variance + eps) + (0.0 if bias is None else bias[c].item())
+    return y
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_late_cls_pool_with_a_norm_equals_loops(norm, masked, weighted, shifted):
+    x, query = torch.randn(2, 5, 6).double() + 1, torch.randn(2, 3, 2, 6).double()
+    weight, bias = (torch.randn(6).double() if given else None for given in (weighted, shifted))
+    key_mask = torch.tensor([[True, False, True, True, True], [False] * 5]) if masked else None
+    vectors = {"norm": norm, "norm_weight": weight, "norm_bias": bias, "norm_eps": 0.2}
+    out = reference.late_cls_pool(x, query, key_mask=key_mask, scale=0.3, return_lse=True, **vectors)
+    states = loop_norm(x, norm, weight, bias, 0.2)[:, None]
+    torch.testing.assert_close(out, loop_attention(query, states, states, None, None, "mask", None, key_mask, 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_late_cls_pool_norms_as_torch_does(norm, dtype):
+    """The same states as F.layer_norm and F.rms_norm in the same dtype, to a rounding."""
+    x, query = torch.randn(2, 5, 16).to(dtype), torch.randn(1, 2, 3, 16).to(dtype)
+    weight, bias = torch.randn(16, dtype=dtype), torch.randn(16, dtype=dtype)
+    if norm == "layer":
+        states = torch.nn.functional.layer_norm(x, (16,), weight, bias)
+    else:
+        states, bias = torch.nn.functional.rms_norm(x, (16,), weight, 1e-5), None
+    expected = reference.late_cls_pool(states, query, scale=0.25)
+    out = reference.late_cls_pool(x, query, scale=0.25, norm=norm, norm_weight=weight, norm_bias=bias)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("bad", [0.0, math.nan, INF])
+def test_late_cls_pool_never_reads_masked_tokens(norm, bad):
+    """Nor does their variance matter, which is 0 where all channels are alike."""
+    x, query = torch.randn(2, 5, 6), torch.randn(1, 2, 1, 6)
+    key_mask = torch.tensor([[True, False, True, True, False], [False] * 5])
+    vectors = {"norm": norm, "norm_eps": 0.0}
+    if norm:
+        vectors |= {"norm_weight": torch.randn(6, requires_grad=True), "norm_bias": torch.randn(6, requires_grad=True)}
+    dirty = x.masked_fill(~key_mask[:, :, None], bad).requires_grad_()
+    pooled, lse = reference.late_cls_pool(dirty, query, key_mask=key_mask, return_lse=True, **vectors)
+    expected = reference.late_cls_pool(x[:1, key_mask[0]], query, **vectors)
+    torch.testing.assert_close(pooled[:1], expected)
+    assert (pooled[1] == 0).all()
+    assert (lse[1] == -INF).all()
+    leaves = [dirty, *(t for t in vectors.values() if isinstance(t, Tensor))]
+    grad, *others = torch.autograd.grad(pooled.sum(), leaves)
+    assert (grad[~key_mask] == 0).all()
+    assert all(t.isfinite().all() for t in (grad, *others))
+
+
+def test_late_cls_pool_refuses_unknown_norms():
+    with pytest.raises(ValueError, match="norm must be 'layer', 'rms' or None, got 'batch'"):
+        reference.late_cls_pool(torch.randn(1, 2, 3), torch.randn(1, 1, 1, 3), norm="batch")
+
+
 def philox_in_python_integers(counter: list[int], key: list[int], rounds: int) -> list[int]:
     """The generator once more, with integers of unlimited size."""
     c, k = list(counter), list(key)

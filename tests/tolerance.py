@@ -17,10 +17,15 @@ is k, in units of the dtype's last place. Loosening one needs a reason written h
   multiplied with grad_out, which adds up to a few units (4 is 2 sigma for values N(0, 1) and dropout 0.3). Eager
   PyTorch subtracts a sum of its own rounded terms: with one key exactly.
 - The gradient of a bias that is broadcast is a sum of so many (S) of these, often of sum 0 (a constant bias changes
-  nothing), and its error a random walk: k grows by sqrt(S) / 8.
+  nothing), and its error a random walk: k grows by sqrt(S) / 8. So are gradients of late_cls_pool to a shared query,
+  to norm_weight and to norm_bias.
 - Pooling and the modules around it (`CHAIN`): the folded queries and the pooled tokens are rounded before the next
   matrix product, eager PyTorch rounds keys, scores and values instead; each of these intermediate values is up to a few
   times larger than the results. Both k are multiplied by it.
+- late_cls_pool multiplies k by the factors of `late_cls_pool_cases.conditioning`: S / 2^5 as above; N / 64 where more
+  than 64 tokens (N) are all alike, because then every addition rounds the same way (tokens that differ make it a random
+  walk); with a norm, (largest |x|) / (8 spread), because x - mean loses digits where the mean is large beside the
+  spread, in eager PyTorch too, but not the same ones (8: what an even spread may have).
 """
 
 from __future__ import annotations
@@ -42,9 +47,9 @@ def allowance(eager: Tensor, exact: Tensor, dtype: torch.dtype, slack: float | N
     """The largest absolute error that passes, for finite elements."""
     exact, eager = exact.double(), eager.double()
     finite = exact.isfinite() & eager.isfinite()
-    error = _max((eager - exact)[finite])
+    error = largest((eager - exact)[finite])
     slack = SLACK[dtype] if slack is None else slack
-    return 2 * error + slack * torch.finfo(dtype).eps * max(1.0, _max(exact[finite]))
+    return 2 * error + slack * torch.finfo(dtype).eps * max(1.0, largest(exact[finite]))
 
 
 def assert_close(
@@ -65,9 +70,10 @@ def assert_close(
     special = ~exact.isfinite()
     assert torch.equal(~result.isfinite(), special), f"{what}: not finite where expected to be, or the reverse"
     assert torch.equal(result[special].nan_to_num(0.5), exact[special].nan_to_num(0.5)), f"{what}: wrong infinities"
-    error, limit = _max((result - exact)[~special]), allowance(eager, exact, dtype, slack)
+    error, limit = largest((result - exact)[~special]), allowance(eager, exact, dtype, slack)
     assert error <= limit, f"{what}: error {error:.3e} is above {limit:.3e} ({dtype})"
 
 
-def _max(t: Tensor) -> float:
+def largest(t: Tensor) -> float:
+    """The largest absolute value; 0 where there is none."""
     return t.abs().max().item() if t.numel() else 0.0
