@@ -197,7 +197,7 @@ def late_cls_pool(
     """
     if key_mask is not None:
         x = torch.where(key_mask[:, :, None], x, 0)
-    x = _normalise(x, norm, norm_weight, norm_bias, norm_eps)
+    x = _normalise(x, norm, norm_weight, norm_bias, norm_eps, key_mask)
     scores = query @ x[:, None].mT * (1.0 if scale is None else scale)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], -torch.inf)
@@ -285,8 +285,13 @@ def _scores(q: Tensor, k: Tensor, rotary_q: Rotary | None, rotary_k: Rotary | No
     return torch.where(both, rotated, dot(q, k))
 
 
-def _normalise(x: Tensor, norm: PoolNorm | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalises x over its last axis; statistics in float32 at least, the result in the dtype of x."""
+def _normalise(
+    x: Tensor, norm: PoolNorm | None, weight: Tensor | None, bias: Tensor | None, eps: float, mask: Tensor | None
+) -> Tensor:
+    """Normalises x over its last axis; statistics in float32 at least, the result in the dtype of x.
+
+    Tokens outside ``mask`` (batch, tokens) are 0; they are not divided by their own variance, which may be 0.
+    """
     if norm is None:
         return x
     if norm not in ("layer", "rms"):
@@ -295,7 +300,10 @@ def _normalise(x: Tensor, norm: PoolNorm | None, weight: Tensor | None, bias: Te
     states = x.to(compute)
     if norm == "layer":
         states = states - states.mean(dim=-1, keepdim=True)
-    states = states * (states.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    variance = states.square().mean(dim=-1, keepdim=True) + eps
+    if mask is not None:
+        variance = torch.where(mask[:, :, None], variance, 1)
+    states = states * variance.rsqrt()
     if weight is not None:
         states = states * weight.to(compute)
     if bias is not None:
