@@ -19,6 +19,7 @@ from x_rope_cls import (
     Rotary,
     RotaryEmbedding,
     apply_rope,
+    late_cls_pool,
     ops,
     reference,
     rope_attention,
@@ -306,3 +307,24 @@ def test_gradients_through_checkpointing():
         torch.manual_seed(3)
         grads.append(torch.autograd.grad(run(x).square().sum(), x)[0])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+FUNCTIONS = {
+    "rope": lambda x: apply_rope(x, RotaryEmbedding(8)(x.shape[2])),
+    "rope_attention": lambda x: rope_attention(x, x, x),
+    "late_cls_pool": lambda x: late_cls_pool(x[:, 0], x[:, :, :1].detach()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_refused_clearly(name, requires_grad):
+    """A tangent never gets lost; where there is none, being in a dual level changes nothing."""
+    x = torch.randn(1, 2, 5, 8, requires_grad=requires_grad)
+    function, refusal = FUNCTIONS[name], rf"{name}: mode of differentiation must be reverse, got forward"
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(function(x), function(x.detach()))
+        with pytest.raises(RuntimeError, match=refusal):
+            function(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

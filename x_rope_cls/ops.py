@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _op_checks as checks
 
@@ -39,11 +40,23 @@ def _register_autograd(op: Any, function: type[torch.autograd.Function]) -> None
     """
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(keyset, *args)
         return _below_autograd(op, keyset, args)
 
     _library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Forward-mode derivatives would be lost without a word where nothing requires a reverse-mode one."""
+    if any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in args):
+        name = op._schema.name.split("::")[1]
+        raise RuntimeError(
+            f"{name}: mode of differentiation must be reverse, got forward; "
+            "the functions of x_rope_cls.reference can be differentiated in both"
+        )
 
 
 # rope
