@@ -58,6 +58,12 @@ def test_attn_mask(shape: tuple[int, ...], with_mask: bool, options: dict[str, A
     _assert_same(options, inputs)
 
 
+def test_attn_mask_of_one_column() -> None:
+    """It is broadcast over the keys: the only token, and memory key/values."""
+    for value in (True, False):
+        _assert_same({"attn_num_mem_kv": 2}, {"x": _x(tokens=1), "attn_mask": torch.tensor([[value]])})
+
+
 def test_attn_mask_that_x_transformers_refuses() -> None:
     for encoder in _pair():
         with pytest.raises(TypeError):

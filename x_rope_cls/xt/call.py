@@ -91,9 +91,9 @@ class Masks:
                 pairs = each if pairs is None else pairs & each
         return Masks(keys, pairs)
 
-    def keys_for(self, batch: int) -> Tensor | None:
-        """The mask over keys as (batch, keys)."""
-        return None if self.keys is None else self.keys.expand(batch, -1)
+    def keys_for(self, k: Tensor) -> Tensor | None:
+        """The mask over keys as (batch, keys), of keys k."""
+        return None if self.keys is None else self.keys.expand(k.shape[0], k.shape[-2])
 
     def merged(self) -> Tensor | None:
         """One mask, as x-transformers makes it."""

@@ -67,7 +67,7 @@ def softmax_attention(
         rotary_k=rotary_k,
         cls_rope=call.cls_rope,
         attn_mask=masks.pairs if bias is None else masks.merge_into(bias),
-        key_mask=masks.keys_for(q.shape[0]),
+        key_mask=masks.keys_for(k),
         dropout_p=dropout_probability(attend),
         scale=scale,
         return_lse=True,
