@@ -25,7 +25,7 @@ struct TokenBlock {
 // -------------------------------------------------------------------------------------------------
 // Inner products.
 
-constexpr int kDotTokens = 4;
+constexpr int64_t kDotTokens = 4;
 
 template <int kPart>
 struct EvenParts {  // parts 0, 2, ... of a, then of b

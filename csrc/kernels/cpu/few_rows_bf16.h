@@ -10,6 +10,7 @@ namespace {
 
 // Channels that the kernels below take at a time.
 constexpr int64_t kDotChannels = 32;
+constexpr int64_t kHalf = kDotChannels / 2;  // of a vector of float32
 
 #ifdef __AVX512BF16__
 template <typename S>
@@ -79,7 +80,7 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
   for (int r = 0; r < kRows; ++r) {
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < 2 * kPieces; ++v)
-      acc[r][v] = _mm512_loadu_ps(out + r * out_stride + 16 * v);
+      acc[r][v] = _mm512_loadu_ps(out + r * out_stride + kHalf * v);
   }
   for (int64_t n = 0; n < x.tokens; n += 2) {
     const BFloat16* const even = x.data + n * x.stride;
@@ -109,7 +110,7 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
   for (int r = 0; r < kRows; ++r) {
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < 2 * kPieces; ++v)
-      _mm512_storeu_ps(out + r * out_stride + 16 * v, acc[r][v]);
+      _mm512_storeu_ps(out + r * out_stride + kHalf * v, acc[r][v]);
   }
 }
 
@@ -118,19 +119,16 @@ X_ROPE_CLS_INLINE void sum_row_tile_bf16(const BFloat16* w, int64_t w_stride,
                                          TokenBlock<BFloat16> x, int64_t channels, int64_t ahead,
                                          float* out, int64_t out_stride) {
   int64_t c = 0;
-  const auto step = [&](auto tile, int64_t pieces, int64_t distance) {
-    tile(w, w_stride, x, distance, out + c, out_stride);
-    x.data += kDotChannels * pieces;
-    c += kDotChannels * pieces;
-  };
-  while (c + kDotChannels * kPieces <= channels) {
-    if (ahead != 0) {
-      step(sum_tile_bf16<kRows, kPieces, true>, kPieces, ahead);
-    } else {
-      step(sum_tile_bf16<kRows, kPieces, false>, kPieces, 0);
-    }
+  for (; c + kDotChannels * kPieces <= channels; c += kDotChannels * kPieces) {
+    const auto tile =
+        ahead != 0 ? sum_tile_bf16<kRows, kPieces, true> : sum_tile_bf16<kRows, kPieces, false>;
+    tile(w, w_stride, x, ahead, out + c, out_stride);
+    x.data += kDotChannels * kPieces;
   }
-  while (c < channels) step(sum_tile_bf16<kRows, 1, false>, 1, 0);
+  for (; c < channels; c += kDotChannels) {
+    sum_tile_bf16<kRows, 1, false>(w, w_stride, x, 0, out + c, out_stride);
+    x.data += kDotChannels;
+  }
 }
 
 // As sum_rows, but channels of `out` are in the order of natural_order. The columns of w go on to

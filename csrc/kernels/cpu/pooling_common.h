@@ -16,11 +16,11 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-constexpr int64_t kPoolBlockBytes = 128 * 1024;  // of token states between the two products: in L2
-constexpr int64_t kPoolMostTokens = 128;         // of a block
-constexpr int64_t kPoolTasks = 32;               // that a call is cut into where it is large enough
-constexpr int64_t kPoolChunk = 256;              // tokens; fewer are not worth a sum of their own
-constexpr double kPoolFlopsPerWorker = 2e5;      // less work is not worth another thread
+constexpr int64_t kPoolBlockBytes = 131072;  // of token states between the two products: in L2
+constexpr int64_t kPoolMostTokens = 128;     // of a block
+constexpr int64_t kPoolTasks = 32;           // that a call is cut into where it is large enough
+constexpr int64_t kPoolChunk = 256;          // tokens; fewer are not worth a sum of their own
+constexpr double kPoolFlopsPerWorker = 2e5;  // less work is not worth another thread
 
 // Sizes and choices of one call. They depend on the shapes alone, so that results do not depend on
 // the number of threads.
@@ -150,7 +150,7 @@ struct TokenMoments {
 // Sum of n elements, four chains of vectors wide.
 template <typename T, typename F>
 X_ROPE_CLS_INLINE T sum_of(int64_t n, F&& term) {
-  constexpr int kL = kLanes<T>;
+  constexpr int64_t kL = kLanes<T>;
   Vec<T> sum[4] = {};
   int64_t c = 0;
   for (; c + 4 * kL <= n; c += 4 * kL) {
