@@ -3,8 +3,8 @@
 Operators (:func:`apply_rope`, :func:`rope_attention`, :func:`late_cls_pool`), the tables they take (:class:`Rotary` and
 the embeddings that make them), modules in which few queries pool all tokens (:class:`ClassAttention`, :class:`LateCLS`,
 :class:`AttentionPoolLatent`), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers
-(:class:`Encoder`, :class:`AttentionPool`, :func:`swap_`, :func:`explain`), which are imported when first used and need
-x-transformers installed.
+(:class:`Encoder`, :class:`AttentionPool`, :class:`TransformerWrapper`, :class:`ViTransformerWrapper`, :func:`swap_`,
+:func:`explain`), which are imported when first used and need x-transformers installed.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .xt.encoder import Encoder as Encoder
     from .xt.explain import explain as explain
     from .xt.swap import swap_ as swap_
+    from .xt.vit import ViTransformerWrapper as ViTransformerWrapper
+    from .xt.wrapper import TransformerWrapper as TransformerWrapper
 
 __version__: str = _C.build_info()["version"]
 
@@ -45,7 +47,14 @@ __all__ = [
     "rope_attention",
 ]  # the lazy ones are left out, so that `from x_rope_cls import *` works without x-transformers
 
-_NEED_X_TRANSFORMERS = ("AttentionPool", "Encoder", "explain", "swap_")
+_NEED_X_TRANSFORMERS = (
+    "AttentionPool",
+    "Encoder",
+    "TransformerWrapper",
+    "ViTransformerWrapper",
+    "explain",
+    "swap_",
+)
 
 
 def __getattr__(name: str) -> Any:

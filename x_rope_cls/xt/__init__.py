@@ -1,4 +1,4 @@
-"""The adapter for x-transformers: Encoder, swap_ and explain."""
+"""The adapter for x-transformers: Encoder, AttentionPool, the wrappers, swap_ and explain."""
 
 from .version import check_hooks, installed_version
 
@@ -13,5 +13,16 @@ from .attention_pool import AttentionPool  # noqa: E402
 from .encoder import Encoder  # noqa: E402
 from .explain import Report, Row, explain  # noqa: E402
 from .swap import swap_  # noqa: E402
+from .vit import ViTransformerWrapper  # noqa: E402
+from .wrapper import TransformerWrapper  # noqa: E402
 
-__all__ = ["AttentionPool", "Encoder", "Report", "Row", "explain", "swap_"]
+__all__ = [
+    "AttentionPool",
+    "Encoder",
+    "Report",
+    "Row",
+    "TransformerWrapper",
+    "ViTransformerWrapper",
+    "explain",
+    "swap_",
+]

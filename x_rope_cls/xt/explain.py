@@ -18,6 +18,7 @@ from .encoder import RopeEncoderMixin, attention_layers
 from .late import entry_position, late_roles
 from .swap import special_tokens
 from .version import installed_version
+from .vit import ViTransformerWrapper
 
 _KINDS = {"a": "self", "c": "cross"}
 _NOT_CONVERTED = "not converted: built by x_transformers; swap_() converts encoders"
@@ -108,7 +109,8 @@ def explain(model: nn.Module) -> Report:
         if isinstance(module, Attention)
         for row in _rows(name, module, *owner.get(id(module), ("other", None)), pools.get(id(module)))
     ]
-    notes = [note for name, encoder in encoders for note in _notes(name, encoder)]
+    given = {id(m.attn_layers): m.patch_rotary for m in model.modules() if isinstance(m, ViTransformerWrapper)}
+    notes = [note for name, encoder in encoders for note in _notes(name, encoder, given.get(id(encoder)))]
     notes += [note for name, module in model.named_modules() for note in _uncounted(name, module)]
     return Report(rows, [*notes, f"x-transformers {installed_version()}"])
 
@@ -162,13 +164,15 @@ def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
     return Row(name, kind, True, "", cls_rope, _backend(device))
 
 
-def _notes(name: str, encoder: AttentionLayers) -> list[str]:
-    """What holds for all layers of an encoder."""
+def _notes(name: str, encoder: AttentionLayers, given_rotary: nn.Module | None) -> list[str]:
+    """What holds for all layers of an encoder, which its wrapper may give a rotary embedding."""
     where = name or type(encoder).__name__
     if not isinstance(encoder, RopeEncoderMixin):
         return []
     notes = [f"{where}: {_positions(encoder)}", *_late_notes(where, encoder)]
-    if encoder.rotary_pos_emb is None:
+    if given_rotary is not None:
+        notes.append(f"{where}: the wrapper's patch_rotary ({type(given_rotary).__name__}) gives the rotation")
+    elif encoder.rotary_pos_emb is None:
         notes.append(f"{where}: no rotary_pos_emb, so nothing is rotated unless forward is given one")
     bias = next((b for b in (encoder.rel_pos, encoder.layers) if _is_bias(b)), None)
     if bias is not None and encoder.cls_rope != "rotate":

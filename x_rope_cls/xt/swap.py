@@ -40,7 +40,8 @@ def swap_(
         rotate: instead of the counts, a bool (tokens,), True: the token has a position.
         late_cls: let CLS tokens enter late, see :class:`x_rope_cls.Encoder`; the model gets a parameter for them, and
             its output CLS rows in front. For an Encoder, or a ContinuousTransformerWrapper that neither takes rows off
-            the output nor averages over it. None: as before.
+            the output nor averages over it. Also for a wrapper of this package with use_cls_token, whose CLS tokens
+            enter late then, without any new parameter. None: as before.
         late_cls_at: None: as before, at first -2.
         num_cls_tokens: None: as before, at first 1.
 
@@ -54,11 +55,12 @@ def swap_(
     encoder = _find_encoder(model)
     if isinstance(model, RopeEncoderMixin) and rotate is num_prefix_tokens is num_suffix_tokens is None:
         rotate = model.rotate
-    prefix, suffix = (0, 0) if rotate is not None else special_tokens(model)
+    gives_cls = late_cls is not None and gives_late_cls(model)
+    prefix, suffix = (0, 0) if rotate is not None else special_tokens(model, gives_cls)
     previous = encoder.__class__
     if not isinstance(encoder, RopeEncoderMixin):
         encoder.__class__ = _swapped_class(previous)
-    late = _late_settings(encoder, late_cls, late_cls_at, num_cls_tokens)
+    late = _late_settings(encoder, late_cls, late_cls_at, 0 if gives_cls else num_cls_tokens)
     try:
         if late_cls is not None:
             _check_wrapper(model, late_cls)
@@ -90,7 +92,7 @@ def _late_settings(
 
 def _check_wrapper(model: nn.Module, late_cls: str) -> None:
     """Refuses late CLS in a wrapper that would take its rows for something else."""
-    if isinstance(model, XEncoder):
+    if isinstance(model, XEncoder) or gives_late_cls(model):
         return
     name = type(model).__name__
     if not isinstance(model, ContinuousTransformerWrapper):
@@ -100,15 +102,23 @@ def _check_wrapper(model: nn.Module, late_cls: str) -> None:
             raise ValueError(f"swap_: late_cls must be None for {name} with {option}, got {late_cls!r}")
 
 
-def special_tokens(model: nn.Module) -> tuple[int, int]:
-    """How many tokens without a position a wrapper puts in front of the sequence and at its end."""
+def gives_late_cls(model: nn.Module) -> bool:
+    """Whether a wrapper passes its own CLS tokens to an encoder with late CLS: one of this package with CLS tokens."""
+    return getattr(model, "knows_late_cls", False) and getattr(model, "cls_token", None) is not None
+
+
+def special_tokens(model: nn.Module, late: bool = False) -> tuple[int, int]:
+    """How many tokens without a position a wrapper puts in front of the sequence and at its end.
+
+    Late CLS, which the encoder has or will have (late), is not in the sequence.
+    """
     if isinstance(model, RopeEncoderMixin):
         return model.num_prefix_tokens, model.num_suffix_tokens
-    if isinstance(model, ViTransformerWrapper):
-        registers = getattr(model, "register_tokens", None)
-        return 0, 0 if registers is None else registers.shape[0]
-    front = [getattr(model, name, None) for name in ("memory_tokens", "cls_token")]
-    return sum(tokens.shape[0] for tokens in front if tokens is not None), 0
+    registers = getattr(model, "register_tokens", None) if isinstance(model, ViTransformerWrapper) else None
+    late = late or (gives_late_cls(model) and getattr(model.attn_layers, "late_cls", None) is not None)
+    front = [getattr(model, name, None) for name in (("memory_tokens",) if late else ("memory_tokens", "cls_token"))]
+    before = sum(tokens.shape[0] for tokens in front if tokens is not None)
+    return before, 0 if registers is None else registers.shape[0]
 
 
 def _find_encoder(model: nn.Module) -> Any:
