@@ -29,7 +29,8 @@ pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
 cpp_sources := $(shell find csrc examples tests benchmarks -name '*.h' -o -name '*.cpp')
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
-quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py)
+quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py \
+    late_cls_pool_forward.py late_cls_pool_dispatcher.py)
 
 .PHONY: demo test build bench bench-native lint format sanitize test-next-torch test-old-x-transformers clean
 .DELETE_ON_ERROR:
