@@ -17,7 +17,7 @@ import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 from xt_emulation import exact_softmax
 
-from x_rope_cls.xt import class_step, few
+from x_rope_cls.xt import attention, class_step, devices, few
 
 MODES = ("class_attention", "join")
 NEW = cases.Version("2.31.10") <= cases.VERSION
@@ -54,8 +54,8 @@ def test_class_attention_by_hand(name: str) -> None:
     tokens = shallow(x, mask=mask)
     cls = ours.late_cls_tokens.expand(2, -1, -1)
     mask = torch.nn.functional.pad(mask, (2, 0), value=True)
-    for attention, feed_forward in (theirs.layers[2:4], theirs.layers[4:6]):
-        (norm, *_), attend, _ = attention
+    for self_attention, feed_forward in (theirs.layers[2:4], theirs.layers[4:6]):
+        (norm, *_), attend, _ = self_attention
         cls = cls + attend(norm(cls), context=norm(torch.cat((cls, tokens), dim=1)), context_mask=mask)
         (norm, *_), block, _ = feed_forward
         cls = cls + block(norm(cls))
@@ -200,6 +200,35 @@ def test_ordinary_form_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert all(row.fused and row.reason for row in rows)
     monkeypatch.setattr(few, "pool_attention", None)
     ours(**cases.make_inputs(ours))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "name", ["plain", "attn_kv_heads", "attn_num_mem_kv", "alibi", "attn_max_attend_past", "cross_attend", "unet_skips"]
+)
+def test_without_operators(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no kernel for the device, x-transformers' own code computes the same."""
+    ours = _option(name, mode)
+    exact_softmax(ours)
+    inputs = cases.make_inputs(ours)
+    expected = cases.run(ours, inputs)
+    monkeypatch.setattr(devices, "FUSED_DEVICE_TYPES", frozenset())
+    monkeypatch.setattr(few, "pool_attention", None)
+    monkeypatch.setattr(attention, "fused_attention", None)
+    cases.assert_same(cases.run(ours, inputs), expected, 1e-9)
+    assert {row.form for row in x_rope_cls.explain(ours) if row.kind == "class"} == {"composite"}
+
+
+@pytest.mark.parametrize("where", ["to_k", "to_v", "attend"])
+def test_hooks_are_called(where: str) -> None:
+    ours = _encoder("class_attention")
+    x = _x()
+    expected = ours(x)
+    calls: list[Any] = []
+    getattr(ours.layers[4][1], where).register_forward_hook(lambda *given: calls.append(given))
+    torch.testing.assert_close(ours(x), expected)
+    assert len(calls) == 1
+    assert [row.form for row in x_rope_cls.explain(ours)] == ["", "absorbed", "ordinary"]
 
 
 def test_too_many_cls_tokens_are_not_absorbed() -> None:

@@ -62,6 +62,8 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
             reasons += (f"{name} is a {type(module).__name__}, not a Linear",)
         elif module._forward_hooks or module._forward_pre_hooks:
             reasons += (f"{name} has hooks",)
+    if attend._forward_hooks or attend._forward_pre_hooks:
+        reasons += ("attend has hooks",)
     composite: tuple[str, ...] = attend.composite_reasons
     return reasons + composite
 
