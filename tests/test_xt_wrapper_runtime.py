@@ -204,6 +204,9 @@ def _ids() -> torch.Tensor:
             ValueError,
             "rotary_pos_emb must have a row for each of 9",
         ),
+        (CLS, {"attn_mask": torch.ones(5, 5).bool()}, ValueError, r"attn_mask must have 6 tokens, got shape \(5, 5\)"),
+        (CLS, {"self_attn_kv_mask": torch.ones(2, 8).bool()}, ValueError, "self_attn_kv_mask must have 6 tokens"),
+        ({}, {"sum_embeds": torch.ones(2, 5, 32)}, ValueError, r"sum_embeds must be of shape \(2, 6, 32\), got"),
         ({}, {"cache": 1}, ValueError, "cache must be None"),
         ({}, {"return_next_embed_pred": True}, ValueError, "return_next_embed_pred must be False without"),
         (

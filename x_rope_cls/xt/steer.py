@@ -121,12 +121,21 @@ def fit_to_tokens(kwargs: dict[str, Any], known: tuple[int, ...], tokens: int, m
         known: lengths that the caller may have counted: without special tokens, without prepended embeddings.
         tokens: what the encoder gets. The tokens that the caller did not count are in front.
         mem_tokens: keys in front of all.
+
+    Raises:
+        ValueError: an argument has neither a known length nor that of all tokens.
     """
     for name, (query_dim, key_dim, value) in _PER_TOKEN.items():
         given = kwargs.get(name)
         if not isinstance(given, Tensor) or (name in ("condition", "in_attn_cond") and given.dim() < 3):
             continue
         for dim, length in ((query_dim, tokens), (key_dim, tokens + mem_tokens)):
-            if dim is not None and given.shape[dim] in known and given.shape[dim] < length:
-                given = F.pad(given, (0, 0) * (-dim - 1) + (length - given.shape[dim], 0), value=value)
+            if dim is None:
+                continue
+            size = given.shape[dim]
+            if size in known and size < length:
+                given = F.pad(given, (0, 0) * (-dim - 1) + (length - size, 0), value=value)
+            elif size not in (1, length) and (dim == query_dim or query_dim is None):  # keys: memory key/values too
+                shape = tuple(given.shape)
+                raise ValueError(f"TransformerWrapper: {name} must have {known[0]} tokens, got shape {shape}")
         kwargs[name] = given

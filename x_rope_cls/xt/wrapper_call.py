@@ -66,6 +66,10 @@ def read_call(wrapper: Any, x: Tensor | None, kwargs: dict[str, Any], special: i
     batch, tokens = x.shape
     for name, length in (("mask", tokens), ("prepend_mask", prepended)):
         _check_mask(name, kwargs.get(name), (batch, length))
+    added = kwargs.get("sum_embeds")
+    if added is not None and added.dim() > 1 and added.shape[-2] not in (1, tokens):
+        expected = f"({batch}, {tokens}, {wrapper.emb_dim})"
+        raise ValueError(f"{OWNER}: sum_embeds must be of shape {expected}, got {tuple(added.shape)}")
 
     mems = kwargs.get("mems")
     lengths = (tokens, prepended, special, mems[0].shape[1] if mems else 0)
