@@ -18,9 +18,11 @@ from x_rope_cls._info import info_lines
 for _package in ("x_transformers", "sklearn", "aeon", "matplotlib", "rich"):
     pytest.importorskip(_package)
 
-from x_rope_cls.demo import data, measure, model, results  # noqa: E402  (after the packages it needs)
+from x_rope_cls.demo import agreement, data, measure, model, results, train  # noqa: E402  (after what they need)
 
-MODES = ["rotate", "skip", "mask"]
+IN_FRONT = ["rotate", "skip", "mask"]
+LATE = ["class_attention", "join"]
+MODES = [*IN_FRONT, *LATE, model.POOL]
 SIZE = model.Size(dim=16, depth=2, heads=2)
 
 
@@ -51,23 +53,25 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_report_has_all_rows(quick: Path) -> None:
-    rows = [line.split() for line in (quick / "report.txt").read_text(encoding="utf-8").splitlines()]
-    for task in ("digits", "vowels"):
+    text = (quick / "report.txt").read_text(encoding="utf-8")
+    rows = [line.split() for line in text.splitlines()]
+    for task, parameters in (("digits", ("125,578", "141,962")), ("vowels", ("126,025", "142,409"))):
         for mode in MODES:
             accuracy = [row for row in rows if row[:2] == [task, mode] and "±" in row]
-            assert len(accuracy) == 1
-            agreement = {row[2] for row in rows if row[:2] == [task, mode] and len(row) == 7}
-            assert agreement == {"float32", "bfloat16", "float16"}
+            assert [row[2] for row in accuracy] == [parameters[mode == model.POOL]]
+            dtypes = {row[2] for row in rows if row[:2] == [task, mode] and len(row) == 7}
+            assert dtypes == {"float32", "bfloat16", "float16"}
         for mode in MODES[1:]:
             assert any(row[:4] == [f"{task}:", mode, "-", "rotate"] for row in rows)
         for change in ("none", "tokens moved by 8", "CLS and memory too", "positions shuffled"):
-            assert any(row[0:1] == [task] and " ".join(row[1:]).startswith(change) for row in rows)
+            found = [row for row in rows if row[0:1] == [task] and " ".join(row[1:]).startswith(change)]
+            assert [len(row) for row in found] == [1 + len(change.split()) + 2 * len(MODES)]
     for workload in ("digits,", "vowels,", "sheets,"):
         for work in ("forward", "training"):
-            assert {m for m in MODES for row in rows if row[:1] == [workload] and work in row and m in row} == set(
-                MODES
-            )
-    assert any(" ".join(row).startswith("3 of 3 attention layers fused") for row in rows)
+            timed = {row[-7] for row in rows if row[:1] == [workload] and work in row and row[3].isdigit()}
+            assert timed == {*MODES, model.OWN_POOL}
+    assert sum(" ".join(row).startswith("3 of 3 attention layers fused") for row in rows) == 2
+    assert sum(row[1:] == ["class", "yes", "mask", "cpu", f"({_C.cpu_isa()})", "absorbed"] for row in rows) == 2
 
 
 def test_numbers_are_saved(quick: Path) -> None:
@@ -75,18 +79,28 @@ def test_numbers_are_saved(quick: Path) -> None:
     assert [task["name"] for task in found["tasks"]] == ["digits", "vowels"]
     for task in found["tasks"]:
         assert {mode: len(seeds) for mode, seeds in task["test"].items()} == dict.fromkeys(MODES, 2)
-        assert task["parity"] < 1e-4
+        assert task["parity"].keys() == {"rotate", model.POOL}
+        assert max(task["parity"].values()) < 1e-4
+        assert [row["variant"] for row in task["agreement"][::3]] == MODES
         for row in task["agreement"]:
-            assert row["output"] <= 2 * row["output_eager"] + 16
-            assert row["gradient"] <= 2 * row["gradient_eager"] + 16
+            assert 0 < row["output"] <= 2 * row["output_eager"] + 16
+            assert 0 < row["gradient"] <= 2 * row["gradient_eager"] + 16
     assert len(found["timings"]) == 6
     for timing in found["timings"]:
-        assert set(timing["seconds"]) == {model.PLAIN, *MODES}
+        assert set(timing["seconds"]) == {model.PLAIN, *MODES, model.OWN_POOL}
         assert all(second > 0 for seconds in timing["seconds"].values() for second in seconds)
+    assert [(each["variant"], each["shift"]) for each in found["maps"]] == [(m, s) for m in MODES for s in (0, 8)]
+
+
+@pytest.mark.parametrize("mode", ["mask", *LATE, model.POOL])
+def test_moved_tokens_change_nothing_in_the_exact_ways(quick: Path, mode: str) -> None:
+    found = json.loads((quick / "results.json").read_text(encoding="utf-8"))
     for name in ("tokens moved by 8", "CLS and memory too"):
-        changes = [c for task in found["tasks"] for seed in task["moved"]["mask"] for c in seed if c["name"] == name]
+        changes = [c for task in found["tasks"] for seed in task["moved"][mode] for c in seed if c["name"] == name]
         assert len(changes) == 4
         assert all(change["logits"] < 1e-4 for change in changes)
+    before, after = (torch.tensor(each["weights"]) for each in found["maps"] if each["variant"] == mode)
+    torch.testing.assert_close(before, after, atol=1e-6, rtol=0)
 
 
 def test_picture_is_a_png(quick: Path) -> None:
@@ -156,14 +170,65 @@ def test_variants_start_alike_and_rotate_is_x_transformers(tasks: dict[str, data
     weights = built[model.PLAIN].state_dict()
     logits = {}
     for variant, each in built.items():
-        assert each.state_dict().keys() == weights.keys()
-        assert all(torch.equal(value, weights[key]) for key, value in each.state_dict().items())
+        shared = {key: value for key, value in each.state_dict().items() if not key.startswith("pool.")}
+        assert shared.keys() == weights.keys() - ({"cls_token"} if variant == model.POOL else set())
+        assert all(torch.equal(value, weights[key]) for key, value in shared.items())
         with torch.no_grad():
             logits[variant] = each(batch.x, batch.mask, model.tables_for(variant, rotary))
     torch.testing.assert_close(logits["rotate"], logits[model.PLAIN], atol=1e-5, rtol=1e-5)
-    assert (logits["skip"] - logits["rotate"]).abs().max() > 1e-3
-    assert (logits["mask"] - logits["rotate"]).abs().max() > 1e-3
-    assert (logits["mask"] - logits["skip"]).abs().max() > 1e-3
+    for i, variant in enumerate(MODES):
+        for other in MODES[:i]:
+            assert (logits[variant] - logits[other]).abs().max() > 1e-3, (variant, other)
+
+
+@pytest.mark.parametrize("variant", [*LATE, model.POOL])
+def test_padding_never_matters(tasks: dict[str, data.Task], variant: str) -> None:
+    task = tasks["vowels"]
+    batch = task.test.rows(slice(8))
+    assert batch.mask is not None
+    built = model.build(variant, task, SIZE, seed=0).eval()
+    given = model.tables_for(variant, model.tables(model.token_positions(task.positions), SIZE))
+    other = batch.x.masked_fill(~batch.mask[..., None], 7)
+    with torch.no_grad():
+        torch.testing.assert_close(built(other, batch.mask, given), built(batch.x, batch.mask, given))
+        assert (built(other, None, given) - built(batch.x, None, given)).abs().max() > 1e-3
+
+
+def test_late_cls_enters_behind_the_first_layer(tasks: dict[str, data.Task]) -> None:
+    """Two layers of three pool for class_attention, the same tokens; one does for join. CLS is none of the tokens."""
+    task = tasks["digits"]
+    size = model.Size(dim=16, depth=3, heads=2)
+    batch = task.test.rows(slice(4))
+    given = model.tables_for("join", model.tables(model.token_positions(task.positions), size))
+    pooled = {}
+    for variant in LATE:
+        with agreement._PoolCalls() as recorder:
+            train.logits(model.build(variant, task, size, seed=0), batch, given)
+        pooled[variant] = [call[0] for call in recorder.calls]
+    assert {variant: len(states) for variant, states in pooled.items()} == {"class_attention": 2, "join": 1}
+    assert {states.shape for each in pooled.values() for states in each} == {(4, model.NUM_MEMORY + 16, 16)}
+    assert torch.equal(*pooled["class_attention"])
+
+
+def test_pools_of_both_packages_are_one_function(tasks: dict[str, data.Task]) -> None:
+    task = tasks["vowels"]
+    built = model.build(model.POOL, task, SIZE, seed=0)
+    own = model.build(model.OWN_POOL, task, SIZE, seed=0)
+    assert type(built.pool).__module__.startswith("x_transformers")
+    assert type(own.pool).__module__.startswith("x_rope_cls")
+    assert agreement.parity(built, task, SIZE) < 1e-5
+    with torch.no_grad():
+        own.pool.pooler.to_v.weight.mul_(2)
+    assert built.pool.state_dict().keys() == own.pool.state_dict().keys()
+    assert not torch.equal(built.pool.pooler.to_v.weight, own.pool.pooler.to_v.weight)
+
+
+def test_tokens_are_not_decayed(tasks: dict[str, data.Task]) -> None:
+    for variant in ("join", model.POOL):
+        built = model.build(variant, tasks["digits"], SIZE, seed=0)
+        decay = {id(p): g["weight_decay"] for g in train.make_optimizer(built).param_groups for p in g["params"]}
+        names = [name for name, p in built.named_parameters() if p.dim() >= 2 and decay[id(p)] == 0]
+        assert set(names) == {"memory_tokens", "pool.queries" if variant == model.POOL else "cls_token"}
 
 
 def test_positions_of_a_sequence_are_those_x_transformers_counts(tasks: dict[str, data.Task]) -> None:
@@ -177,21 +242,43 @@ def test_positions_of_a_sequence_are_those_x_transformers_counts(tasks: dict[str
 
 def test_moved_positions_matter_where_they_should(tasks: dict[str, data.Task]) -> None:
     task = tasks["digits"].small(16)
+    size = model.Size(dim=16, depth=3, heads=2)  # with two layers, no tokens would meet before late CLS enters
     felt = {}
     for variant in MODES:
-        rows = measure.moved(model.build(variant, task, SIZE, seed=0), task, SIZE, shift=5)
+        rows = measure.moved(model.build(variant, task, size, seed=0), task, size, shift=5)
         felt[variant] = [row.logits > 1e-3 for row in rows]
-    assert felt == {"rotate": [True, False, True], "skip": [True, True, True], "mask": [False, False, True]}
+    exact = {variant: [False, False, True] for variant in ("mask", *LATE, model.POOL)}
+    assert felt == {"rotate": [True, False, True], "skip": [True, True, True], **exact}
 
 
-def test_cls_attention_is_that_of_the_cls_token(tasks: dict[str, data.Task]) -> None:
+@pytest.mark.parametrize("variant", MODES)
+def test_cls_attention_is_that_of_the_cls_token(tasks: dict[str, data.Task], variant: str) -> None:
     task = tasks["digits"]
+    recording = task.test.rows(slice(1))
     rotary = model.tables(model.token_positions(task.positions), SIZE)
-    built = model.build("mask", task, SIZE, seed=0)
-    weights = measure.cls_attention(built, "mask", task.test.rows(slice(1)), rotary, SIZE)
+    built = model.build(variant, task, SIZE, seed=0)
+    weights = measure.cls_attention(built, recording, rotary, SIZE)
     assert weights.shape == (16,)
     torch.testing.assert_close(weights.sum(), torch.tensor(1.0))
     assert weights.std() > 0
+    # Tokens and positions in another order: the same weights in that order.
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    other = model.tables(model.token_positions(task.positions[order]), SIZE)
+    mixed = measure.cls_attention(built, data.Split(recording.x[:, order], recording.y), other, SIZE)
+    torch.testing.assert_close(mixed, weights[order])
+
+
+@pytest.mark.parametrize("variant", [*LATE, model.POOL])
+def test_agreement_sees_a_wrong_operator(
+    tasks: dict[str, data.Task], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = tasks["vowels"]
+    built = model.build(variant, task, SIZE, seed=0)
+    rotary = model.tables(model.token_positions(task.positions), SIZE)
+    right = agreement.late_cls_pool
+    monkeypatch.setattr(agreement, "late_cls_pool", lambda *a, **k: right(*a, **{**k, "key_mask": None}))
+    row = agreement.agreement(built, task.test.rows(slice(4)), rotary, SIZE)[0]
+    assert row.output > 1000 > 16 > row.output_eager
 
 
 def test_comparison_says_when_a_difference_is_within_the_spread() -> None:

@@ -40,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m x_rope_cls", description="Rotary positions and CLS tokens.")
     commands = parser.add_subparsers(dest="command", required=True)
-    text = "train small x-transformers encoders on real data under every cls_rope, time and check them"
+    text = "train small x-transformers encoders on real data in six ways to use CLS, time and check them"
     run = commands.add_parser("demo", help=text, description=text)
     run.add_argument("--quick", action="store_true", help="a few seconds in all, to see that everything works")
-    run.add_argument("--seeds", type=_positive, metavar="N", help="initialisations and orders of the data (default 3)")
+    run.add_argument("--seeds", type=_positive, metavar="N", help="initialisations and orders of the data (default 2)")
     run.add_argument(
         "--epochs", type=_positive, metavar="N", help="passes over the training data (default: by data set)"
     )

@@ -1,4 +1,4 @@
-"""The demo: a small x-transformers encoder on two real data sets, under every ``cls_rope``.
+"""The demo: a small x-transformers encoder on two real data sets, with CLS in every way, and with a pool instead.
 
 Run it with ``python -m x_rope_cls demo``; it needs the extra: ``pip install 'x_rope_cls[demo]'``.
 """

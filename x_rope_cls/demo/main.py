@@ -21,8 +21,9 @@ from x_rope_cls import explain
 from x_rope_cls._info import machine_lines
 
 from . import Options, measure
+from .agreement import agreement, parity
 from .data import DIGITS_GRID, Task, image, load_tasks
-from .model import NUM_SPECIAL, VARIANTS, Size, build, tables, token_positions
+from .model import NUM_SPECIAL, POOL, VARIANTS, Size, build, tables, tables_for, token_positions
 from .plot import draw
 from .report import make_console, print_report
 from .results import AttentionMap, Results, TaskResults
@@ -41,8 +42,8 @@ class _Plan:
     compared: int  # recordings in the comparison with the reference
 
 
-_MAP_SHIFTS = (0, 3, 12)
-_MAP_VARIANTS = ("rotate", "mask")
+_SHIFT = 8
+_EXPLAINED = ("mask", "class_attention")
 
 
 def run_demo(options: Options) -> Path:
@@ -76,10 +77,9 @@ def run_demo(options: Options) -> Path:
             trained = _train_all(task, size, plan, found, progress, bar)
             progress.update(bar, description=f"{task.name}: measuring")
             _measure_task(task, size, plan, trained, found)
-            results.parameters[task.name] = sum(p.numel() for p in trained["mask"].model.parameters())
             if task is tasks[0]:
                 _draw_attention(task, size, trained, results)
-                results.explained = str(explain(trained["mask"].model))
+                results.explained = {variant: str(explain(trained[variant].model)) for variant in _EXPLAINED}
         for workload in measure.workloads(tasks, size, plan.sheet_side):
             progress.update(bar, description="timing beside x-transformers")
             results.timings += measure.time_workload(*workload, size, plan.rounds, lambda: progress.advance(bar))
@@ -97,9 +97,9 @@ def run_demo(options: Options) -> Path:
 def _make_plan(options: Options, tasks: list[Task]) -> _Plan:
     quick = options.quick
     return _Plan(
-        seeds=options.seeds or (2 if quick else 3),
+        seeds=options.seeds or 2,
         epochs=[options.epochs or (1 if quick else task.epochs) for task in tasks],
-        rounds=2 if quick else 15,
+        rounds=2 if quick else 10,
         sheet_side=4 if quick else 8,
         shifts=[0, 8] if quick else [0, 1, 2, 3, 4, 6, 8, 12, 16, 32],
         compared=4 if quick else 16,
@@ -123,14 +123,16 @@ def _train_all(
         for variant in VARIANTS:
             progress.update(bar, description=f"{task.name}: {variant}, seed {seed + 1} of {plan.seeds}")
             model = build(variant, task, size, seed)
-            result = train(model, task, rotary, found.epochs, seed, lambda: progress.advance(bar))
+            given = tables_for(variant, rotary)
+            result = train(model, task, given, found.epochs, seed, lambda: progress.advance(bar))
             if not progress.console.is_terminal:  # no bar is to be seen there
                 progress.console.print(f"{task.name}: {variant}, seed {seed + 1} of {plan.seeds} done")
             first.setdefault(variant, result)
+            found.parameters[variant] = sum(p.numel() for p in model.parameters())
             found.test.setdefault(variant, []).append(result.test_accuracy)
             found.val.setdefault(variant, []).append(result.val_accuracy)
             found.best_epochs.setdefault(variant, []).append(result.epoch)
-            found.moved.setdefault(variant, []).append(measure.moved(model, task, size, shift=8))
+            found.moved.setdefault(variant, []).append(measure.moved(model, task, size, shift=_SHIFT))
             by_shift = measure.moved_by_shift(model, task, size, plan.shifts)
             found.by_shift.setdefault(variant, []).append(by_shift)
     return first
@@ -139,17 +141,17 @@ def _train_all(
 def _measure_task(task: Task, size: Size, plan: _Plan, trained: dict[str, Result], found: TaskResults) -> None:
     rotary = tables(token_positions(task.positions), size)
     recordings = task.test.rows(slice(plan.compared))
-    for variant, result in trained.items():
-        found.agreement += measure.agreement(result.model, variant, recordings, rotary, size)
-    found.parity = measure.parity(trained["rotate"].model, task, size)
+    for result in trained.values():
+        found.agreement += agreement(result.model, recordings, rotary, size)
+    found.parity = {variant: parity(trained[variant].model, task, size) for variant in ("rotate", POOL)}
 
 
 def _draw_attention(task: Task, size: Size, trained: dict[str, Result], results: Results) -> None:
-    """Attention of the CLS token over the first test digit, with its patches where they were and moved."""
+    """Attention over the first test digit, with its patches where they were and moved."""
     recording = task.test.rows(slice(1))
     results.image = image(recording.x[0])
-    for variant in _MAP_VARIANTS:
-        for shift in _MAP_SHIFTS:
+    for variant, result in trained.items():
+        for shift in (0, _SHIFT):
             rotary = tables(token_positions(task.positions, shift), size)
-            weights = measure.cls_attention(trained[variant].model, variant, recording, rotary, size)
+            weights = measure.cls_attention(result.model, recording, rotary, size)
             results.maps.append(AttentionMap(variant, shift, weights.reshape(DIGITS_GRID)))

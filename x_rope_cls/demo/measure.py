@@ -1,24 +1,39 @@
-"""What is measured beside accuracy: time, agreement with the reference, and what a change of positions does."""
+"""What is measured beside accuracy: time, what a change of positions does, and what CLS attends to."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from x_rope_cls import Rotary, reference, rope_attention
+from x_rope_cls import Rotary, rope_attention
 
+from .agreement import record_qkv, with_special
 from .data import DIGITS_GRID, Split, Task, grid_positions, sheets
-from .model import NUM_SPECIAL, PLAIN, VARIANTS, Classifier, Size, build, tables, tables_for, token_positions
+from .model import (
+    CLS_IN_FRONT,
+    NUM_SPECIAL,
+    OWN_POOL,
+    PLAIN,
+    POOL,
+    VARIANTS,
+    Classifier,
+    Size,
+    build,
+    tables,
+    tables_for,
+    token_positions,
+    with_own_pool,
+)
 from .train import BATCH, accuracy, logits, make_optimizer, training_step
 
 FORWARD, STEP = "forward", "training step"
+TIMED = (PLAIN, *VARIANTS, OWN_POOL)
 _WARM_UP_ROUNDS = 3
 
 
@@ -30,9 +45,9 @@ class Timing:
     kind: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
-    def ratios(self, variant: str) -> list[float]:
-        """Time of a variant over that of plain x-transformers, round by round."""
-        return [own / peer for own, peer in zip(self.seconds[variant], self.seconds[PLAIN], strict=True)]
+    def ratios(self, variant: str, beside: str = PLAIN) -> list[float]:
+        """Time of a variant over that of plain x-transformers, or of another variant, round by round."""
+        return [own / peer for own, peer in zip(self.seconds[variant], self.seconds[beside], strict=True)]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -60,8 +75,8 @@ def workloads(tasks: list[Task], size: Size, sheet_side: int) -> list[tuple[str,
 def time_workload(
     name: str, task: Task, batch: Split, positions: Tensor, size: Size, rounds: int, on_round: Callable[[], None]
 ) -> list[Timing]:
-    """Times all variants and plain x-transformers by turns, with the same weights; each round starts with another."""
-    models = {variant: build(variant, task, size, seed=0) for variant in (PLAIN, *VARIANTS)}
+    """Times everything in TIMED by turns, with the same weights; each round starts with another."""
+    models = {variant: build(variant, task, size, seed=0) for variant in TIMED}
     rotary = tables(token_positions(positions), size)
     given = {variant: tables_for(variant, rotary) for variant in models}
     work = {
@@ -103,104 +118,28 @@ def _step(model: Classifier, batch: Split, rotary: Any) -> Callable[[], Any]:
     return step
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Largest error of outputs and gradients, over all layers of a trained model on real recordings.
+def cls_attention(model: Classifier, recording: Split, rotary: Rotary, size: Size) -> Tensor:
+    """How much CLS, or the pool's query, attends to each token of the data, mean over heads: (tokens,), sum 1.
 
-    Errors are in units of the dtype's eps times the largest element of the float64 reference.
+    In the last layer. The map of x_transformers.AttentionPool is that of this package's with the same weights.
 
-    Attributes:
-        variant: a key of VARIANTS.
-        dtype: of q, k and v.
-        output: of the operator.
-        output_eager: of the reference's formulas in plain PyTorch, in this dtype.
-        gradient: of the operator, over dq, dk and dv.
-        gradient_eager: likewise of plain PyTorch.
+    Args:
+        model: trained.
+        recording: one, without a mask.
+        rotary: tables of [memory, CLS, tokens].
+        size: of the encoder.
     """
-
-    variant: str
-    dtype: str
-    output: float
-    output_eager: float
-    gradient: float
-    gradient_eager: float
-
-
-def agreement(model: Classifier, variant: str, split: Split, rotary: Rotary, size: Size) -> list[Agreement]:
-    """Compares the operator with the float64 reference on the q, k and v that a trained model makes of recordings."""
-    layers = _record_qkv(model, split, rotary, size)
-    has_position = torch.arange(rotary.cos.shape[0]) >= NUM_SPECIAL
-    rotary = Rotary(rotary.cos, rotary.sin, has_position, rotary.interleaved)
-    options = {"cls_rope": VARIANTS[variant]["cls_rope"], "key_mask": _with_special(split.mask)}
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        eps = torch.finfo(dtype).eps
-        worst = [0.0] * 4
-        for qkv in layers:
-            rounded = [t.to(dtype) for t in qkv]
-            weights = torch.randn(rounded[0].shape).to(dtype)
-            exact = _run(reference.rope_attention, [t.double() for t in rounded], weights.double(), rotary, options)
-            ours = _run(rope_attention, rounded, weights, rotary, options)
-            eager = _run(reference.rope_attention, rounded, weights, rotary, options)
-            errors = [[_error(got, want) / eps for got, want in zip(r, exact, strict=True)] for r in (ours, eager)]
-            found = [errors[0][0], errors[1][0], max(errors[0][1:]), max(errors[1][1:])]
-            worst = [max(pair) for pair in zip(worst, found, strict=True)]
-        rows.append(Agreement(variant, str(dtype).removeprefix("torch."), *worst))
-    return rows
-
-
-def _run(attention: Any, qkv: list[Tensor], weights: Tensor, rotary: Rotary, options: dict[str, Any]) -> list[Tensor]:
-    """Output, and gradients of its product with weights."""
-    leaves = [t.detach().requires_grad_() for t in qkv]
-    out = attention(*leaves, rotary, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, weights)]
-
-
-def _error(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want).abs().max() / want.abs().max()).item()
-
-
-def _with_special(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else nn.functional.pad(mask, (NUM_SPECIAL, 0), value=True)
-
-
-def _record_qkv(model: Classifier, split: Split, rotary: Any, size: Size) -> list[list[Tensor]]:
-    """q, k and v of each attention layer, (recordings, heads, tokens, head_dim)."""
-    found: dict[str, list[Tensor]] = {"to_q": [], "to_k": [], "to_v": []}
-    with _outputs_of(model, found):
-        logits(model, split, rotary)
-    heads = [[t.unflatten(-1, (size.heads, size.dim_head)).transpose(1, 2) for t in ts] for ts in found.values()]
-    return [list(layer) for layer in zip(*heads, strict=True)]
-
-
-@contextmanager
-def _outputs_of(model: nn.Module, found: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Appends the outputs of all submodules with these names, in the order of the calls."""
-
-    def recorder(name: str) -> Any:
-        return lambda module, inputs, output: found[name].append(output.clone())
-
-    handles = []
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        if name in found:
-            handles.append(module.register_forward_hook(recorder(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def cls_attention(model: Classifier, variant: str, recording: Split, rotary: Rotary, size: Size) -> Tensor:
-    """How much the CLS token attends to each ordinary token in the last layer, mean over heads: (tokens,), sum 1."""
-    q, k, _ = _record_qkv(model, recording, rotary, size)[-1]
+    given = tables_for(model.variant, rotary)
+    if model.variant not in CLS_IN_FRONT:
+        model = with_own_pool(model, size) if model.variant == POOL else model
+        with torch.no_grad():
+            mean = model.eval().weights(recording.x, given)[0].mean(dim=0)
+        return mean / mean.sum()
+    q, k, _ = record_qkv(model, recording, rotary, size)[-1]
     tokens = k.shape[2]
-    has_position = torch.arange(tokens) >= NUM_SPECIAL
-    rotary = Rotary(rotary.cos, rotary.sin, has_position, rotary.interleaved)
     # With the identity as values, the output of attention is its weights.
     identity = torch.eye(tokens).expand(*k.shape[:2], tokens, tokens)
-    weights = rope_attention(q, k, identity, rotary, cls_rope=VARIANTS[variant]["cls_rope"])
+    weights = rope_attention(q, k, identity, with_special(rotary), cls_rope=VARIANTS[model.variant]["cls_rope"])
     mean = weights[0, :, NUM_SPECIAL - 1, NUM_SPECIAL:].mean(dim=0)
     return mean / mean.sum()
 
@@ -238,19 +177,10 @@ def moved_by_shift(model: Classifier, task: Task, size: Size, shifts: list[int])
 
 
 def _compare_positions(model: Classifier, task: Task, size: Size, changes: dict[str, Tensor]) -> list[Moved]:
-    before = logits(model, task.test, tables(token_positions(task.positions), size))
+    before = logits(model, task.test, tables_for(model.variant, tables(token_positions(task.positions), size)))
     rows = []
     for name, positions in changes.items():
-        after = logits(model, task.test, tables(positions, size))
+        after = logits(model, task.test, tables_for(model.variant, tables(positions, size)))
         change = ((after - before).abs().max() / before.std()).item()
         rows.append(Moved(name, change, accuracy(after, task.test.y)))
     return rows
-
-
-def parity(model: Classifier, task: Task, size: Size) -> float:
-    """Largest difference of a test logit between x_transformers.Encoder and a trained ``rotate`` model's weights."""
-    plain = build(PLAIN, task, size, seed=0)
-    plain.load_state_dict(model.state_dict())
-    rotary = tables(token_positions(task.positions), size)
-    theirs = logits(plain, task.test, tables_for(PLAIN, rotary))
-    return (logits(model, task.test, rotary) - theirs).abs().max().item()

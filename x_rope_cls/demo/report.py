@@ -9,10 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from .measure import Moved, Timing, quartiles
-from .model import NUM_MEMORY, PLAIN, VARIANTS
+from .model import NUM_MEMORY, OWN_POOL, PLAIN, POOL, VARIANTS
 from .results import Results, compare, mean_sd
 
-_WIDTH = 116
+_WIDTH = 120
+_VARIANTS_TEXT = (
+    "rotate, skip, mask: CLS in front in all layers, with that cls_rope. class_attention, join: CLS enters in the "
+    "penultimate layer, with that late_cls. AttentionPool: x-transformers' own, over the tokens of an encoder without "
+    "CLS; it has four projections and a query more, and no CLS. The last three: memory tokens have no position."
+)
 
 
 def make_console() -> Console:
@@ -32,16 +37,16 @@ def print_report(console: Console, results: Results) -> None:
         train, val, test = task.recordings
         console.print(
             f"{task.name}: {task.title}; {train} / {val} / {test} recordings to train / validate / test; "
-            f"{NUM_MEMORY} memory tokens and CLS in front: {task.tokens} tokens; "
-            f"{results.parameters[task.name]:,} parameters"
+            f"{NUM_MEMORY} memory tokens and CLS in front: {task.tokens} tokens; {task.epochs} epochs"
         )
+    console.print(_VARIANTS_TEXT)
     console.print()
     _print_accuracy(console, results)
     _print_moved(console, results)
     _print_times(console, results)
     _print_agreement(console, results)
     _print_explained(console, results)
-    console.print(f"\nAll of this took {results.seconds:.0f} s.")
+    console.print(f"All of this took {results.seconds:.0f} s.")
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -53,16 +58,16 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
 
 def _print_accuracy(console: Console, results: Results) -> None:
     title = f"Accuracy in %, mean ± standard deviation over {_seeds(results.seeds)}"
-    table = _table(title, "data", "cls_rope", "test", "validation", "test by seed", "epochs", "best epoch", left=2)
+    table = _table(title, "data", "variant", "parameters", "test", "validation", "test by seed", "best epoch", left=2)
     for task in results.tasks:
         for variant in task.test:
             by_seed = ", ".join(f"{100 * value:.1f}" for value in task.test[variant])
             best = ", ".join(map(str, task.best_epochs[variant]))
             shown = _percent(task.test[variant]), _percent(task.val[variant])
-            table.add_row(task.name, variant, *shown, by_seed, str(task.epochs), best)
+            table.add_row(task.name, variant, f"{task.parameters[variant]:,}", *shown, by_seed, best)
     console.print(table)
     console.print(
-        "Same initial weights, batches and number of steps for every cls_rope; the epoch with the lowest validation "
+        "Same initial weights, batches and number of steps for every variant; the epoch with the lowest validation "
         "loss is tested. Test accuracies paired by seed, mean ± standard deviation of the differences; within the "
         "spread: not above the largest of three standard deviations, that of the differences and of both accuracies:"
     )
@@ -76,7 +81,7 @@ def _print_moved(console: Console, results: Results) -> None:
     title = "What other positions do to the trained models: largest change of a logit, and test accuracy in %"
     table = _table(title, "data", "change", *VARIANTS, left=2)
     for task in results.tasks:
-        table.add_row(task.name, "none", *(f"0    {_percent_mean(task.test[variant])}" for variant in VARIANTS))
+        table.add_row(task.name, "none", *(f"0 {_percent_mean(task.test[variant])}" for variant in VARIANTS))
         for index, change in enumerate(next(iter(task.moved.values()))[0]):
             cells = [_moved_cell([seed[index] for seed in task.moved[variant]]) for variant in VARIANTS]
             table.add_row(task.name, change.name, *cells)
@@ -85,34 +90,39 @@ def _print_moved(console: Console, results: Results) -> None:
         "Changes are in units of the logits' standard deviation; means over seeds. Tokens moved: those of the data, by "
         "the same number in every direction, while CLS and memory tokens stay at the positions 0 to 4 that "
         "x-transformers counts; then all of them together. Shuffled: the data's tokens trade positions. With rotate, "
-        "the distance from CLS is something that the model uses. With mask CLS has no position: a common shift changes "
-        "nothing but rounding, while the tokens' positions relative to each other still count.\n"
+        "the distance from CLS is something that the model uses. From mask on, CLS has no position, or there is none: "
+        "a common shift changes nothing but rounding, but the tokens' positions relative to each other still count.\n"
     )
 
 
 def _print_times(console: Console, results: Results) -> None:
     rounds = len(results.timings[0].seconds[PLAIN])
     title = f"Time beside x-transformers with attn_flash=True ({rounds} rounds by turns)"
-    table = _table(title, "batch x tokens", "work", "cls_rope", "ms", f"{PLAIN}, ms", "ratio", "quartiles", left=3)
+    table = _table(title, "batch x tokens", "work", "variant", "ms", f"{PLAIN}, ms", "ratio", "quartiles", left=3)
     for timing in results.timings:
         peer = _milliseconds(timing, PLAIN)
-        for variant in VARIANTS:
-            low, middle, high = quartiles(timing.ratios(variant))
-            ratio = f"{middle:.2f}", f"{low:.2f} - {high:.2f}"
-            table.add_row(timing.workload, timing.kind, variant, _milliseconds(timing, variant), peer, *ratio)
+        for variant in timing.seconds:
+            if variant != PLAIN:
+                ratio = _ratio(timing, variant, PLAIN)
+                table.add_row(timing.workload, timing.kind, variant, _milliseconds(timing, variant), peer, *ratio)
     console.print(table)
     console.print(
-        "Medians. The ratio of times is taken round by round; below 1 is faster than x-transformers. All of the model "
-        "is timed, attention is a part of it. Same float32 weights, batch and positions. sheets: many digits to an "
-        "image, for longer sequences.\n"
+        "Medians. The ratio of times is taken round by round; below 1 is faster than x-transformers with CLS in front. "
+        "All of the model is timed, attention is a part of it. Same float32 weights, batch and positions. sheets: many "
+        "digits to an image, for longer sequences. x_rope_cls.AttentionPool: in the place of x-transformers' in the "
+        "same model; the ratio of these two:"
     )
+    for timing in results.timings:
+        middle, spread = _ratio(timing, OWN_POOL, POOL)
+        console.print(f"  {timing.workload}, {timing.kind}: {middle} ({spread})")
+    console.print()
 
 
 def _print_agreement(console: Console, results: Results) -> None:
     table = _table(
-        "Agreement with the float64 reference on q, k, v of the trained models and test recordings",
+        "Agreement with the float64 reference on what the trained models make of test recordings",
         "data",
-        "cls_rope",
+        "variant",
         "dtype",
         "output",
         "output, eager",
@@ -127,19 +137,23 @@ def _print_agreement(console: Console, results: Results) -> None:
     console.print(table)
     console.print(
         "Largest error over the largest element, in units of the dtype's eps (float32: 1.2e-07, bfloat16: 7.8e-03, "
-        "float16: 9.8e-04), over all layers, for rope_attention and for plain PyTorch in the same dtype (eager)."
+        "float16: 9.8e-04), over all layers, of the operator and of plain PyTorch in the same dtype (eager). That is "
+        "rope_attention on q, k and v for rotate, skip and mask, and late_cls_pool on the token states for the others "
+        "(for AttentionPool, as x_rope_cls.AttentionPool with the same weights calls it)."
     )
+    peers = {"rotate": "cls_rope='rotate' and x_transformers.Encoder", POOL: "the AttentionPools of both packages"}
     for task in results.tasks:
-        console.print(
-            f"  {task.name}: largest difference of a test logit between cls_rope='rotate' and x_transformers.Encoder "
-            f"with the same weights: {task.parity:.1e}"
-        )
+        for variant, difference in task.parity.items():
+            text = f"largest difference of a test logit between {peers[variant]} with the same weights"
+            console.print(f"  {task.name}: {text}: {difference:.1e}")
     console.print()
 
 
 def _print_explained(console: Console, results: Results) -> None:
-    console.print("[bold]explain(model)[/bold] of the mask model for digits:")
-    console.print(results.explained, markup=False)
+    for variant, text in results.explained.items():
+        console.print(f"[bold]explain(model)[/bold] of the {variant} model for {results.tasks[0].name}:")
+        console.print(text, markup=False)
+        console.print()
 
 
 def _percent(values: list[float]) -> str:
@@ -154,7 +168,13 @@ def _percent_mean(values: list[float]) -> str:
 def _moved_cell(seeds: list[Moved]) -> str:
     change = mean_sd([row.logits for row in seeds])[0]
     shown = f"{change:.2f}" if change >= 0.005 else f"{change:.0e}"
-    return f"{shown}    {_percent_mean([row.accuracy for row in seeds])}"
+    return f"{shown} {_percent_mean([row.accuracy for row in seeds])}"
+
+
+def _ratio(timing: Timing, variant: str, beside: str) -> tuple[str, str]:
+    """Median, and quartiles."""
+    low, middle, high = quartiles(timing.ratios(variant, beside))
+    return f"{middle:.2f}", f"{low:.2f} - {high:.2f}"
 
 
 def _milliseconds(timing: Timing, variant: str) -> str:

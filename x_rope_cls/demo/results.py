@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .measure import Agreement, Moved, Timing
+from .agreement import Agreement
+from .measure import Moved, Timing
 
 
 @dataclass
@@ -29,7 +30,8 @@ class TaskResults:
         shifts: how far tokens were moved for ``by_shift``.
         by_shift: what tokens moved by each of ``shifts`` do.
         agreement: with the float64 reference.
-        parity: largest difference of a logit from x_transformers.Encoder with the weights of ``rotate``.
+        parameters: how many a model has.
+        parity: largest difference of a logit from x-transformers' code with the same weights.
     """
 
     name: str
@@ -44,12 +46,13 @@ class TaskResults:
     shifts: list[int] = field(default_factory=list)
     by_shift: dict[str, list[list[Moved]]] = field(default_factory=dict)
     agreement: list[Agreement] = field(default_factory=list)
-    parity: float = float("nan")
+    parameters: dict[str, int] = field(default_factory=dict)
+    parity: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """Attention of the CLS token over an image: weights (rows, columns) with the pixels moved by ``shift``."""
+    """Attention of CLS, or of a pool, over an image: weights (rows, columns) with the pixels moved by ``shift``."""
 
     variant: str
     shift: int
@@ -63,23 +66,21 @@ class Results:
     Attributes:
         machine: processor, instruction set, threads and versions, in one line each.
         seeds: how many.
-        parameters: of one model, by task.
         tasks: one for each data set.
         timings: one for each workload and kind of work.
         image: (rows, columns), the picture that ``maps`` are of.
-        maps: attention of the CLS token.
-        explained: what ``explain`` says about the ``mask`` model.
+        maps: attention of CLS and of the pool.
+        explained: what ``explain`` says about models for the first task, by variant.
         seconds: the whole run.
     """
 
     machine: list[str]
     seeds: int
-    parameters: dict[str, int] = field(default_factory=dict)
     tasks: list[TaskResults] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     image: Tensor | None = None
     maps: list[AttentionMap] = field(default_factory=list)
-    explained: str = ""
+    explained: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:

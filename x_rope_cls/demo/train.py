@@ -78,11 +78,15 @@ def train(
 
 def make_optimizer(model: Classifier) -> torch.optim.Optimizer:
     """AdamW, without weight decay on biases, gains and tokens."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "token" not in name]
+    matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and not _is_token(name)]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": matrices, "weight_decay": _WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=_LEARNING_RATE)
+
+
+def _is_token(name: str) -> bool:
+    return "token" in name or name == "pool.queries"
 
 
 def training_step(model: Classifier, optimizer: torch.optim.Optimizer, batch: Split, rotary: Any) -> None:
