@@ -57,25 +57,28 @@ def test_one_output_alone(case, use_pooled):
 def test_many_parts(N, masked):
     for norm in NORMS:
         check_pool_backward(model_case(2, N, 24, norm=norm, heads=3, queries=1, masked=masked))
+    check_pool_backward(model_case(2, N, 64, torch.bfloat16, heads=3, queries=1, masked=masked))
 
 
-@pytest.mark.parametrize("C", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 127, 129, 257, 400, 512, 1000])
+@pytest.mark.parametrize("C", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 127, 128, 129, 160, 192, 257, 400, 512, 1000])
 def test_channels(C):
     for norm in NORMS if C > 1 else (None,):
         check_pool_backward(model_case(2, 21, C, norm=norm))
+    check_pool_backward(model_case(2, 300, C, torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 31, 33, 64, 128, 129, 150])
 def test_rows(rows):
     check_pool_backward(model_case(2, 19, 20, torch.float64, heads=1, queries=rows))
     check_pool_backward(model_case(1, 37, 64, heads=rows, queries=1))
+    check_pool_backward(model_case(2, 23, 160, torch.bfloat16, heads=1, queries=rows, masked=0.2))
 
 
 @pytest.mark.parametrize("N", [*range(1, 19), 63, 64, 65, 127, 128, 129, 191, 193, 256, 257])
-@pytest.mark.parametrize("C", [16, 20])
-def test_tokens(N, C):
-    """The gradient of x is written where it belongs (16 channels in most variants) or copied there (20)."""
-    check_pool_backward(model_case(2, N, C))
+@pytest.mark.parametrize(("C", "dtype"), [(16, torch.float32), (20, torch.float32), (96, torch.bfloat16)], ids=str)
+def test_tokens(N, C, dtype):
+    """dx is written where it belongs (16 channels in most variants) or copied there; see the test of the outputs."""
+    check_pool_backward(model_case(2, N, C, dtype))
 
 
 @pytest.mark.parametrize("shared", [False, True])

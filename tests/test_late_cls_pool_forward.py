@@ -26,7 +26,7 @@ from torch import Tensor
 from x_rope_cls import late_cls_pool
 
 # Batches that share a task, batches that are cut into several, and one of each kind.
-SIZES = [(70, 13, 24), (2, 1100, 16), (1, 700, 40), (5, 40, 33)]
+SIZES = [(70, 13, 32), (2, 1100, 16), (1, 700, 64), (5, 40, 33)]
 
 
 def equal(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
@@ -46,27 +46,30 @@ def test_many_parts(N, masked):
     """Each batch is cut into parts of 256 tokens or more, whose sums are merged."""
     for norm in NORMS:
         check_pool_forward(model_case(2, N, 24, norm=norm, heads=3, queries=1, masked=masked))
+    check_pool_forward(model_case(2, N, 64, torch.bfloat16, heads=3, queries=1, masked=masked))
 
 
-@pytest.mark.parametrize("C", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 127, 129, 257, 400, 512, 1000])
+@pytest.mark.parametrize("C", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 127, 128, 129, 160, 192, 257, 400, 512, 1000])
 def test_channels(C):
     for norm in NORMS if C > 1 else (None,):
         check_pool_forward(model_case(2, 21, C, norm=norm))
+    check_pool_forward(model_case(2, 300, C, torch.bfloat16))
 
 
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 31, 33, 64, 128, 129, 150])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_rows(rows, dtype):
     """Every mixture of tiles; they are cut differently for scores and for sums."""
     check_pool_forward(model_case(2, 19, 20, dtype, heads=1, queries=rows))
     check_pool_forward(model_case(1, 37, 130, dtype, heads=rows, queries=1))
+    check_pool_forward(model_case(2, 23, 160, dtype, heads=1, queries=rows, masked=0.2))
 
 
 @pytest.mark.parametrize("N", [*range(1, 19), 63, 64, 65, 127, 128, 129, 191, 193, 256, 257])
-@pytest.mark.parametrize("C", [16, 20])
-def test_tokens(N, C):
-    """Token states are read where they are (16 channels in most variants) or copied (20)."""
-    check_pool_forward(model_case(2, N, C))
+@pytest.mark.parametrize(("C", "dtype"), [(16, torch.float32), (20, torch.float32), (96, torch.bfloat16)], ids=str)
+def test_tokens(N, C, dtype):
+    """Read where they are (16 channels in most variants), copied (20) or multiplied as bfloat16 pairs (96, in one)."""
+    check_pool_forward(model_case(2, N, C, dtype))
 
 
 @pytest.mark.parametrize("layout", TOKEN_LAYOUTS)
