@@ -174,6 +174,18 @@ static inline void natural_order(float* row, int64_t channels) {
   }
 }
 
+// The way back.
+static inline void dot_order(float* row, int64_t channels) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(4));
+  for (int64_t c = 0; c < channels; c += kDotChannels) {
+    const __m512 low = _mm512_loadu_ps(row + c);
+    const __m512 high = _mm512_loadu_ps(row + c + kHalf);
+    _mm512_storeu_ps(row + c, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(row + c + kHalf, _mm512_permutex2var_ps(low, second, high));
+  }
+}
+
 // Dense rows of weights in bfloat16, `count` of them and a zero if that is odd.
 static inline void round_weights(const float* from, int64_t count, BFloat16* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = from_compute<BFloat16>(from[j]);

@@ -17,6 +17,7 @@ struct PoolGradScratch {
   T* scores;  // (2 * rows, columns)
   T* shift;   // (rows): logsumexp in units of log2; infinity where there was nothing to attend to
   T* delta;   // (rows): <g, pooled> - grad_lse
+  T* excess;  // (rows): what ds * ln 2 - p * grad_lse * ln 2 sums up to; it would be 0
   T* buffer;  // (block, width)
   T* grads;   // (block, width): gradients of the (normalised) tokens
   T* raw;     // (width): one token before its normalisation
@@ -54,6 +55,7 @@ PoolGradMemory<Compute<S>> take_pool_grad_memory(const PoolBackwardParams& g, in
     s.scores = arena.take<T>(2 * plan.rows * plan.columns);
     s.shift = arena.take<T>(plan.rows);
     s.delta = arena.take<T>(plan.rows);
+    s.excess = arena.take<T>(plan.rows);
     s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
     s.grads = arena.take<T>(plan.block * plan.width);
     s.raw = arena.take<T>(plan.width);
@@ -62,6 +64,15 @@ PoolGradMemory<Compute<S>> take_pool_grad_memory(const PoolBackwardParams& g, in
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;
+}
+
+template <typename T>
+X_ROPE_CLS_INLINE T lse_grad(const PoolBackwardParams& g, int64_t b, int64_t r) {
+  if (g.grad_lse == nullptr) return T{0};
+  const int64_t queries = g.forward.queries;
+  return static_cast<const T*>(
+      g.grad_lse)[b * g.grad_lse_stride_b + r / queries * g.grad_lse_stride_h +
+                  r % queries * g.grad_lse_stride_m];
 }
 
 // Everything that belongs to the rows of batch b.
@@ -88,30 +99,58 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
     const T* grad = grads + r * plan.width;
     T delta =
         sum_of<T>(plan.width, [&](int64_t c) { return load<T>(grad + c) * load<T>(s.raw + c); });
-    if (g.grad_lse != nullptr) {
-      delta -= static_cast<const T*>(
-          g.grad_lse)[b * g.grad_lse_stride_b + r / p.queries * g.grad_lse_stride_h +
-                      r % p.queries * g.grad_lse_stride_m];
-    }
-    s.delta[r] = delta;
+    s.delta[r] = delta - lse_grad<T>(g, b, r);
+    s.excess[r] = T{0};
   }
 }
 
 // Scores s and <g, x> become ds * ln 2 and p.
 template <typename T>
-void pool_score_grads(const PoolPlan& plan, int64_t tokens, const PoolGradScratch<T>& s) {
+void pool_score_grads(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b, int64_t tokens,
+                      const PoolGradScratch<T>& s) {
   constexpr int kL = kLanes<T>;
   const Vec<T> ln2 = broadcast<T>(static_cast<T>(kLn2));
+  const int64_t columns = round_up(tokens, kL);
   for (int64_t r = 0; r < plan.rows; ++r) {
     T* score = s.scores + r * plan.columns;
     T* other = s.scores + (plan.rows + r) * plan.columns;
+    for (int64_t j = tokens; j < columns; ++j) {
+      score[j] = -kInfinity<T>;
+      other[j] = T{0};
+    }
     const Vec<T> shift = broadcast<T>(s.shift[r]);
     const Vec<T> delta = broadcast<T>(s.delta[r]);
-    for (int64_t j = 0; j < tokens; j += kL) {
+    Vec<T> grads{};
+    Vec<T> weights{};
+    for (int64_t j = 0; j < columns; j += kL) {
       const Vec<T> weight = exp2<T>(load<T>(score + j) - shift);
-      store<T>(score + j, weight * (load<T>(other + j) - delta) * ln2);
+      const Vec<T> grad = weight * (load<T>(other + j) - delta) * ln2;
+      store<T>(score + j, grad);
       store<T>(other + j, weight);
+      grads += grad;
+      weights += weight;
     }
+    s.excess[r] +=
+        sum_lanes<T>(grads) - sum_lanes<T>(weights) * lse_grad<T>(g, b, r) * static_cast<T>(kLn2);
+  }
+}
+
+// The exact ds of a row sum up to grad_lse: a shift of the scores moves the logsumexp and nothing
+// else. What the rounding of pooled, and so of delta, leaves over is p times the excess, and is
+// taken out of the gradient of the query here.
+template <typename S>
+void take_out_excess(const PoolPlan& plan, int64_t b, const PoolGradScratch<Compute<S>>& s,
+                     Compute<S>* sums) {
+  using T = Compute<S>;
+  const PoolParams& p = *plan.p;
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    load_row(static_cast<const S*>(p.pooled) + (b * plan.rows + r) * p.channels, 1, p.channels,
+             s.raw);
+    if constexpr (kHasDots<S>) {
+      if (plan.dots) dot_order(s.raw, plan.width);
+    }
+    T* to = sums + r * plan.width;
+    for (int64_t c = 0; c < p.channels; ++c) to[c] -= s.excess[r] * s.raw[c];
   }
 }
 
@@ -200,7 +239,7 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
         const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
-        pool_score_grads(plan, count, s);
+        pool_score_grads(plan, g, b, count, s);
         if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
         sum_dots(plan, x, s.scores, distance_to_next<S>(plan, range, i + count, x), s.dots, sums);
         continue;
@@ -208,11 +247,12 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
-    pool_score_grads(plan, count, s);
+    pool_score_grads(plan, g, b, count, s);
     if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width,
              distance_to_next<S>(plan, range, i + count, x), sums, plan.width);
   }
+  take_out_excess<S>(plan, b, s, sums);
   clear_masked<S>(plan, g, range, chunk);
 }
 
