@@ -48,8 +48,9 @@ class Tensor {
   Tensor(Random& random, DType dtype, int64_t b, int64_t h, int64_t n, int64_t d);
   // Strides of C order.
   Tensor(DType dtype, int64_t b, int64_t h, int64_t n, int64_t d);
-  // Holds `values`, which are rounded to dtype.
+  // Holds `values`, which are rounded to dtype; any strides, or those of C order.
   static Tensor holding(Random& random, DType dtype, naive::Array& values);
+  static Tensor holding(DType dtype, naive::Array& values);
 
   Tensor4 view() const { return {data(), strides_[0], strides_[1], strides_[2], strides_[3]}; }
   void* data() const {
@@ -64,6 +65,7 @@ class Tensor {
 
  private:
   void allocate();
+  void take(naive::Array& values);
   template <typename Visit>
   void each(const Visit& visit) const;
 
@@ -110,7 +112,9 @@ class Workspace {
 class Checker {
  public:
   Checker(std::string name, DType dtype) : name_(std::move(name)), dtype_(dtype) {}
-  void values(const char* what, DType dtype, const naive::Array& got, const naive::Array& expected);
+  // summands: how many independently rounded terms add up in an element where they are many.
+  void values(const char* what, DType dtype, const naive::Array& got, const naive::Array& expected,
+              int64_t summands = 1);
   void gaps(const char* what, const Tensor& tensor);
   bool passed() const { return passed_; }
 

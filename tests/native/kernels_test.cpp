@@ -19,11 +19,12 @@ int main(int argc, char** argv) {
     }
     const unsigned long long before = failed;
     for (uint64_t seed = first; seed < first + cases; ++seed) {
-      for (auto* run : {x_rope_cls::test::run_rope_case, x_rope_cls::test::run_attention_case}) {
+      for (auto* run : {x_rope_cls::test::run_rope_case, x_rope_cls::test::run_attention_case,
+                        x_rope_cls::test::run_pooling_case}) {
         ++(run(seed) ? passed : failed);
       }
     }
-    std::printf("%s: %llu cases, %llu failed\n", *isa, 2ull * cases, failed - before);
+    std::printf("%s: %llu cases, %llu failed\n", *isa, 3ull * cases, failed - before);
     std::fflush(stdout);
   }
   std::printf("%llu passed, %llu failed\n", passed, failed);

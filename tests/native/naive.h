@@ -74,4 +74,30 @@ struct AttentionGrads {
 // grad_lse: (b, heads, n, 1); empty: none.
 AttentionGrads attention_backward(const Attention& a, const Array& grad_out, const Array& grad_lse);
 
+enum class Norm { kNone, kLayer, kRms };
+
+struct Pool {
+  Norm norm;
+  double scale, eps;
+  Array x;             // (b, 1, n, c); tokens that are masked may hold anything
+  Array query;         // (1 or b, heads, m, c)
+  Array key_mask;      // (b, 1, n, 1); empty: none
+  Array weight, bias;  // (1, 1, 1, c); empty: 1 and 0
+
+  bool counts(int64_t ib, int64_t in) const {
+    return key_mask.values.empty() || key_mask.at(ib, 0, in, 0) != 0.0;
+  }
+};
+
+struct PoolResult {
+  Array pooled, lse;  // lse: (b, heads, m, 1)
+};
+PoolResult pool(const Pool& p);
+
+struct PoolGrads {
+  Array dx, dquery, dweight, dbias;  // the last two always (1, 1, 1, c)
+};
+// grad_lse: (b, heads, m, 1); empty: none.
+PoolGrads pool_backward(const Pool& p, const Array& grad, const Array& grad_lse);
+
 }  // namespace naive
