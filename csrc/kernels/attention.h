@@ -41,7 +41,8 @@ struct AttentionParams {
 
   double scale;
   double dropout_p;
-  uint64_t seed;  // used where dropout_p > 0
+  uint64_t seed;             // used where dropout_p > 0
+  const int64_t* seed_data;  // CUDA: where the seed lies on the device, used in place of `seed`
 };
 
 struct AttentionBackwardParams {
