@@ -27,7 +27,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
-cpp_sources := $(shell find csrc examples tests benchmarks -name '*.h' -o -name '*.cpp')
+cpp_sources := $(shell find csrc examples tests benchmarks -path tests/cudasim -prune -o \( -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu" \) -print)
 python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
 quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py \
     late_cls_pool_forward.py late_cls_pool_dispatcher.py)
