@@ -11,8 +11,12 @@ bool run_rope_case(uint64_t seed) {
   const DType dtype =
       random.one_of({DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
   const int64_t batch = random.integer(0, 3), heads = random.integer(0, 3);
-  const int64_t tokens = random.integer(0, 40), head_dim = random.integer(2, 80);
-  const int64_t pairs = random.integer(1, head_dim / 2);
+  // Half of the rows are what fast paths want: whole vectors, with some channels not rotated.
+  const bool regular = random.chance(0.5);
+  const int64_t tokens = random.integer(0, 40);
+  const int64_t head_dim = regular ? 16 * random.integer(1, 5) : random.integer(2, 80);
+  const int64_t pairs =
+      regular ? 8 * random.integer(1, head_dim / 16) : random.integer(1, head_dim / 2);
   const bool interleaved = random.chance(0.5), inverse = random.chance(0.5);
   const cpu::KernelTable& kernels = cpu::kernels();
   char name[160];
@@ -26,10 +30,13 @@ bool run_rope_case(uint64_t seed) {
   naive::Array x_values = random.normal_array(batch, heads, tokens, head_dim);
   const Tensor x = Tensor::holding(random, dtype, x_values);
   const RotaryTensors rotary(random, dtype, batch, heads, tokens, pairs);
-  const Tensor y(random, dtype, batch, heads, tokens, head_dim);
+  const bool in_place = random.chance(0.25);
+  const Tensor x_copy = Tensor::holding(random, dtype, x_values);  // rotated where it lies
+  const Tensor separate(random, dtype, batch, heads, tokens, head_dim);
+  const Tensor& y = in_place ? x_copy : separate;
   Workers workers(random);
-  kernels.rope({dtype, x.view(), y.view(), rotary.table(), batch, heads, tokens, head_dim, pairs,
-                interleaved, inverse},
+  kernels.rope({dtype, (in_place ? y : x).view(), y.view(), rotary.table(), batch, heads, tokens,
+                head_dim, pairs, interleaved, inverse},
                workers.parallel());
   checker.values("y", dtype, y.values(),
                  naive::rope(x_values, rotary.arrays, interleaved, inverse));
