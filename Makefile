@@ -24,6 +24,13 @@ BENCH_FLAGS ?=
 BENCH_NATIVE_FLAGS ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
+# CUDA kernels are built for the GPU of this machine. Where there is none, the tests build them for the simulator of
+# tests/cudasim (where nvcc is), and that is enough; X_ROPE_CLS_CUDA=1 builds them for all GPUs, as `pip install .` does.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr '\n' ' ')
+X_ROPE_CLS_CUDA ?= $(if $(strip $(GPUS)),,0)
+TORCH_CUDA_ARCH_LIST ?= $(if $(filter 0 1,$(X_ROPE_CLS_CUDA)),,$(strip $(GPUS)))
+export X_ROPE_CLS_CUDA TORCH_CUDA_ARCH_LIST
+
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
@@ -48,7 +55,7 @@ bench: $(VENV)/.stamp-test $(VENV)/.stamp-build
 
 bench-native: $(VENV)/.stamp-torch
 	$(bin)/cmake -S . -B build/bench -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(bin))/ninja -DX_ROPE_CLS_TORCH=OFF \
-	    -DX_ROPE_CLS_PYTHON=OFF -DX_ROPE_CLS_NATIVE_BENCHMARKS=ON
+	    -DX_ROPE_CLS_PYTHON=OFF -DX_ROPE_CLS_CUDA=0 -DX_ROPE_CLS_NATIVE_BENCHMARKS=ON
 	$(bin)/cmake --build build/bench --parallel $(JOBS)
 	build/bench/benchmarks/native/kernels_bench $(BENCH_NATIVE_FLAGS)
 

@@ -3,7 +3,9 @@
 Environment:
     CXX, CXXFLAGS: compiler and further flags.
     MAX_JOBS: compile jobs at a time (default: processors).
-    X_ROPE_CLS_CUDA: 0 or 1, see CMakeLists.txt.
+    X_ROPE_CLS_CUDA: 1 builds the CUDA kernels, 0 does not; without it they are built where nvcc is.
+    TORCH_CUDA_ARCH_LIST: for which GPUs, as torch takes it (default: see cmake/CudaKernels.cmake).
+    CUDACXX, CUDA_HOME: where nvcc is, if not on the path.
     X_ROPE_CLS_TEST_ISA: 1 also builds the kernels variant that only tests use.
 """
 
@@ -85,7 +87,7 @@ class CMakeBuild(build_ext):
 
     def forget_other_toolchain(self) -> None:
         """CMake keeps compiler and generator of a build folder for good: start anew where they differ."""
-        toolchain = [f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
+        toolchain = [f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX")]
         toolchain.append(f"ninja={shutil.which('ninja') is not None}")
         record = self.build_dir / "toolchain.txt"
         if not record.exists() or record.read_text().splitlines() != toolchain:

@@ -5,10 +5,15 @@
 set(package_dir x_rope_cls) # of the Python package
 set(python_libraries x_rope_cls_kernels)
 set_target_properties(x_rope_cls_kernels PROPERTIES INSTALL_RPATH "${origin}")
+set(operator_libraries)
 if(X_ROPE_CLS_TORCH)
-  list(APPEND python_libraries x_rope_cls)
+  list(APPEND operator_libraries x_rope_cls)
+  if(TARGET x_rope_cls_cuda)
+    list(APPEND operator_libraries x_rope_cls_cuda)
+  endif()
+  list(APPEND python_libraries ${operator_libraries})
   # BUILD_RPATH too: otherwise the build tree's library would record the folder of torch.
-  set_target_properties(x_rope_cls PROPERTIES
+  set_target_properties(${operator_libraries} PROPERTIES
     SKIP_BUILD_RPATH ON BUILD_RPATH "${origin}" INSTALL_RPATH "${origin}")
 endif()
 install(TARGETS ${python_libraries}
@@ -22,12 +27,14 @@ if(X_ROPE_CLS_TORCH)
   include(CMakePackageConfigHelpers)
   set(config_dir "${CMAKE_INSTALL_LIBDIR}/cmake/x_rope_cls")
   set(config_out "${CMAKE_CURRENT_BINARY_DIR}/generated")
-  install(TARGETS x_rope_cls x_rope_cls_kernels EXPORT x_rope_cls_targets
+  install(TARGETS ${operator_libraries} x_rope_cls_kernels EXPORT x_rope_cls_targets
     LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}" COMPONENT cpp)
   # A program uses no symbol of the library: loading it registers the operators. Keep the linker from
   # dropping it.
   if(NOT APPLE)
-    target_link_options(x_rope_cls INTERFACE LINKER:--no-as-needed)
+    foreach(library IN LISTS operator_libraries)
+      target_link_options(${library} INTERFACE LINKER:--no-as-needed)
+    endforeach()
   endif()
   install(EXPORT x_rope_cls_targets NAMESPACE x_rope_cls:: FILE x_rope_clsTargets.cmake
     DESTINATION "${config_dir}" COMPONENT cpp)

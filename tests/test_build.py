@@ -105,8 +105,10 @@ def test_build_info() -> None:
     assert info["cpu_isa"] == _C.cpu_isa()
     assert _C.cpu_isas() == info["cpu_isas_supported"]
     assert tuple(map(int, info["torch"].split(".")[:2])) >= _library.MINIMUM_TORCH
-    assert info["cuda_architectures"] is None
-    assert info["cuda_reason"]
+    architectures = info["cuda_architectures"]
+    assert (architectures is None) == bool(info["cuda_reason"])
+    assert _library.cuda_library_path().exists() == (architectures is not None)
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", name) for name in architectures or ())
 
 
 def test_best_isa_is_used() -> None:
@@ -232,12 +234,6 @@ def _configure_error(build: Path, *options: str, **environment: str) -> str:
 
 
 @needs_sources
-def test_cuda_is_refused_clearly(tmp_path: Path) -> None:
-    message = "X_ROPE_CLS_CUDA must be 0 or unset, got 1: CUDA kernels are not available yet"
-    assert message in _configure_error(tmp_path, X_ROPE_CLS_CUDA="1")
-
-
-@needs_sources
 def test_old_torch_is_refused_at_build(tmp_path: Path) -> None:
     header = tmp_path / "torch/include/torch/headeronly/version.h"
     header.parent.mkdir(parents=True)
@@ -266,7 +262,8 @@ def test_old_compiler_is_refused(tmp_path: Path) -> None:
 def test_wheel_and_sdist(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path)]
     built = "1" if "avx2x16" in _C.build_info()["cpu_isas_built"] else "0"  # so that nothing is compiled anew
-    _run(*pip, ROOT, X_ROPE_CLS_TEST_ISA=built)
+    cuda = "0" if _C.build_info()["cuda_architectures"] is None else "1"
+    _run(*pip, ROOT, X_ROPE_CLS_TEST_ISA=built, X_ROPE_CLS_CUDA=cuda)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "x_rope_cls").rglob("*.py")}
@@ -289,7 +286,7 @@ def test_wheel_and_sdist(tmp_path: Path) -> None:
     (tree,) = unpacked.iterdir()
     held = {str(path.relative_to(tree)) for path in tree.rglob("*") if path.is_file()}
     needed = {"CMakeLists.txt", "LICENSE", "pyproject.toml", "setup.py", *sources}
-    for folder, patterns in {"csrc": ("*.h", "*.cpp"), "cmake": ("*",)}.items():
+    for folder, patterns in {"csrc": ("*.h", "*.cpp", "*.cu", "*.cuh"), "cmake": ("*",)}.items():
         needed |= {str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / folder).rglob(pattern)}
     assert needed <= held
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
@@ -301,7 +298,12 @@ def test_cpp_program(tmp_path: Path) -> None:
     """examples/cpp: installs the library with CMake, finds it with find_package and calls an operator."""
     cmake = _cmake()
     build, prefix, example = tmp_path / "build", tmp_path / "prefix", tmp_path / "example"
-    options = ["-DX_ROPE_CLS_PYTHON=OFF", "-DX_ROPE_CLS_ISAS=generic", f"-DPython_EXECUTABLE={sys.executable}"]
+    options = [
+        "-DX_ROPE_CLS_PYTHON=OFF",
+        "-DX_ROPE_CLS_CUDA=0",
+        "-DX_ROPE_CLS_ISAS=generic",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
     _run(cmake, "-S", ROOT, "-B", build, *options)
     _run(cmake, "--build", build, "--parallel", "2")
     _run(cmake, "--install", build, "--prefix", prefix)

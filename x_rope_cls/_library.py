@@ -1,4 +1,4 @@
-"""Finds and loads the library with the C++ operators."""
+"""Finds and loads the libraries with the C++ operators: for CPU tensors, and for CUDA tensors where torch has CUDA."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def library_path() -> Path:
     return Path(__file__).resolve().parent / "lib" / f"libx_rope_cls{suffix}"
 
 
+def cuda_library_path() -> Path:
+    """Where the operators' library for CUDA tensors belongs; a build without CUDA has none."""
+    cpu = library_path()
+    return cpu.with_name(f"{cpu.stem}_cuda{cpu.suffix}")
+
+
 def load() -> None:
     """Registers the operators of namespace `x_rope_cls` with torch.
 
@@ -32,11 +38,17 @@ def load() -> None:
     path = library_path()
     if not path.exists():
         raise ImportError(f"x_rope_cls: the library {path} is missing: {_BUILD_HINT}")
+    _load(path)
+    if torch.version.cuda is not None and cuda_library_path().exists():
+        _load(cuda_library_path())
+    _warn_about_isa()
+
+
+def _load(path: Path) -> None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
         raise ImportError(f"x_rope_cls: the library {path} does not load ({error}): {_BUILD_HINT}") from error
-    _warn_about_isa()
 
 
 def _check_torch(version: str) -> None:

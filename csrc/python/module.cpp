@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../kernels/cpu/dispatch.h"
 #include "build_config.h"
@@ -39,6 +40,16 @@ void set_cpu_isa(const std::string& name) {
   }
 }
 
+// None: no CUDA kernels.
+py::object cuda_architectures() {
+  py::list names;
+  for (const char* const* name = config::kCudaArchitectures; **name != '\0'; ++name) {
+    names.append(*name);
+  }
+  if (names.empty()) return py::none();
+  return std::move(names);
+}
+
 py::dict build_info() {
   py::dict flags;
   flags["all"] = config::kFlags;
@@ -55,7 +66,7 @@ py::dict build_info() {
   info["cpu_isas_supported"] = cpu_isas();
   info["cpu_isa"] = cpu::kernels().name;
   info["cpu_isa_warning"] = cpu::isa_warning();
-  info["cuda_architectures"] = py::none();
+  info["cuda_architectures"] = cuda_architectures();
   info["cuda_reason"] = config::kCudaReason;
   return info;
 }
@@ -105,7 +116,8 @@ PYBIND11_MODULE(_C, module) {
       "What this library was built from and for, as a dict: version, compiler, build_type, flags\n"
       "(of all variants and of each), torch (version built against), cpu_isas_built,\n"
       "cpu_isas_supported (those this machine runs), cpu_isa (in use), cpu_isa_warning,\n"
-      "cuda_architectures (None: no CUDA kernels) and cuda_reason.");
+      "cuda_architectures (sm_*: machine code, compute_*: PTX; None: no CUDA kernels) and\n"
+      "cuda_reason (why there are none, or '').");
   module.def(
       "cpu_isa", [] { return cpu::kernels().name; },
       "Name of the instruction set whose kernels are in use.");

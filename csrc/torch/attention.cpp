@@ -1,7 +1,7 @@
-// The operators rope_attention and rope_attention_backward on CPU.
+// The operators rope_attention and rope_attention_backward.
 #include "attention.h"
 
-#include "../kernels/cpu/dispatch.h"
+#include "backend.h"
 #include "params.h"
 #include "rope.h"
 
@@ -68,9 +68,7 @@ AttentionParams make_params(const AttentionArguments& a) {
   set_masks(a, p);
   p.scale = a.scale;
   p.dropout_p = a.dropout_p;
-  if (a.dropout_p > 0.0) {
-    p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(a.seed->data_ptr()));
-  }
+  if (a.dropout_p > 0.0) set_seed(*a.seed, p);
   return p;
 }
 
@@ -121,10 +119,7 @@ std::tuple<Tensor, Tensor> rope_attention(
   Tensor lse = empty_of(q, {p.batch, p.heads, p.queries}, compute_type(q));
   p.out = view_of(out);
   p.lse = lse.data_ptr();
-  const cpu::KernelTable& kernels = cpu::kernels();
-  const Parallel threads = torch_threads();
-  const Workspace workspace(kernels.attention_workspace(p, threads.workers));
-  kernels.attention_forward(p, threads, workspace.get());
+  run_attention_forward(p, q);
   return {out, lse};
 }
 
@@ -175,10 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rope_
     set_bias_gradient(*bias_gradient, g);
   }
 
-  const cpu::KernelTable& kernels = cpu::kernels();
-  const Parallel threads = torch_threads();
-  const Workspace workspace(kernels.attention_backward_workspace(g, threads.workers));
-  kernels.attention_backward(g, threads, workspace.get());
+  run_attention_backward(g, q);
 
   Tensor dbias = need_bias_grad ? like_bias(*bias_gradient, *attn_mask) : nothing();
   if (!need_table_grad) return {dq, dk, dv, dbias, nothing(), nothing(), nothing(), nothing()};

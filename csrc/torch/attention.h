@@ -1,4 +1,4 @@
-// Operators of attention.cpp; schemas and meaning are in register.cpp.
+// Operators of attention.cpp; schemas and meaning are in operators.h.
 #pragma once
 
 #include <tuple>

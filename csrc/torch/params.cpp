@@ -1,9 +1,6 @@
 #include "params.h"
 
-#include <cstdlib>
-#include <new>
 #include <optional>
-#include <stdexcept>
 
 namespace x_rope_cls::ops {
 
@@ -34,13 +31,6 @@ namespace {
 int64_t broadcast_stride(const Tensor& t, int64_t from_end) {
   const int64_t axis = t.dim() - from_end;
   return axis < 0 || t.size(axis) == 1 ? 0 : t.stride(axis);
-}
-
-void run_on_torch_threads(void* /*context*/, int64_t workers,
-                          void (*body)(void* argument, int64_t worker), void* argument) {
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(argument, worker);
-  });
 }
 
 }  // namespace
@@ -74,15 +64,5 @@ Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int6
   Tensor t = empty_of(like, {batch, tokens, heads, channels}, like.scalar_type());
   return torch::stable::transpose(t, 1, 2);
 }
-
-Parallel torch_threads() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads, nullptr};
-}
-
-Workspace::Workspace(int64_t bytes)
-    : memory_(bytes == 0 ? nullptr
-                         : ::operator new(static_cast<size_t>(bytes), std::align_val_t{64})) {}
-
-Workspace::~Workspace() { ::operator delete(memory_, std::align_val_t{64}); }
 
 }  // namespace x_rope_cls::ops

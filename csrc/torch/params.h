@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdint>
+#include <vector>
+
 #include "../kernels/attention.h"
-#include "../kernels/parallel.h"
 #include "../kernels/rope.h"
 #include "checks.h"
 
@@ -25,21 +27,5 @@ Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int6
 // An empty contiguous tensor on the device of `like`.
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes,
                 torch::headeronly::ScalarType dtype);
-
-// Torch's thread pool.
-Parallel torch_threads();
-
-// Scratch memory, 64-byte aligned, freed at the end of the scope.
-class Workspace {
- public:
-  explicit Workspace(int64_t bytes);
-  ~Workspace();
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* get() const { return memory_; }
-
- private:
-  void* memory_;
-};
 
 }  // namespace x_rope_cls::ops

@@ -1,9 +1,9 @@
-// The operators late_cls_pool and late_cls_pool_backward on CPU.
+// The operators late_cls_pool and late_cls_pool_backward.
 #include "pooling.h"
 
 #include <vector>
 
-#include "../kernels/cpu/dispatch.h"
+#include "backend.h"
 #include "params.h"
 
 namespace x_rope_cls::ops {
@@ -63,10 +63,7 @@ std::tuple<Tensor, Tensor> late_cls_pool(const Tensor& x, const Tensor& query,
   Tensor lse = empty_of(x, {p.batch, p.heads, p.queries}, compute_type(x));
   p.pooled = pooled.data_ptr();
   p.lse = lse.data_ptr();
-  const cpu::KernelTable& kernels = cpu::kernels();
-  const Parallel threads = torch_threads();
-  const Workspace workspace(kernels.pool_workspace(p, threads.workers));
-  kernels.pool_forward(p, threads, workspace.get());
+  run_pool_forward(p, x);
   return {pooled, lse};
 }
 
@@ -110,10 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> late_cls_pool_backward(
     for (Tensor* t : {&dquery, &dweight, &dbias}) torch::stable::zero_(*t);
     return {dx, dquery, dweight, dbias};
   }
-  const cpu::KernelTable& kernels = cpu::kernels();
-  const Parallel threads = torch_threads();
-  const Workspace workspace(kernels.pool_backward_workspace(g, threads.workers));
-  kernels.pool_backward(g, threads, workspace.get());
+  run_pool_backward(g, x);
   return {dx, dquery, dweight, dbias};
 }
 

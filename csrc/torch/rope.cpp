@@ -1,7 +1,7 @@
-// The operators rope and rope_table_grad on CPU.
+// The operators rope and rope_table_grad.
 #include "rope.h"
 
-#include "../kernels/cpu/dispatch.h"
+#include "backend.h"
 #include "params.h"
 
 namespace x_rope_cls::ops {
@@ -21,7 +21,7 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Optiona
   p.pairs = cos.size(cos.dim() - 1);
   p.interleaved = interleaved;
   p.inverse = inverse;
-  cpu::kernels().rope(p, torch_threads());
+  run_rope(p, x);
   return y;
 }
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> table_gradients(const Tensor& grad, const Tensor& x, 
   p.pairs = cos.size(cos.dim() - 1);
   p.interleaved = interleaved;
   p.inverse = inverse;
-  cpu::kernels().rope_table_grad(p, torch_threads());
+  run_rope_table_grad(p, x);
   return {dcos, dsin};
 }
 

@@ -9,6 +9,7 @@ from typing import Any, overload
 from torch import nn
 from x_transformers.x_transformers import Attention, AttentionLayers
 
+from .. import _C
 from . import devices
 from .absorbed import absorbed_reasons
 from .attention import RopeAttention
@@ -158,10 +159,15 @@ def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
     device = next(attention.parameters()).device.type
     reasons = list(attend.composite_reasons)
     if device not in devices.FUSED_DEVICE_TYPES:
-        reasons.append(f"no kernel for {device} in this build")
+        reasons.append(_no_kernel(device))
     if reasons:
         return Row(name, kind, False, "; ".join(reasons), cls_rope, "x_transformers")
     return Row(name, kind, True, "", cls_rope, _backend(device))
+
+
+def _no_kernel(device: str) -> str:
+    why = _C.build_info()["cuda_reason"] if device == "cuda" else ""
+    return f"no kernel for {device} in this build" + (f" ({why})" if why else "")
 
 
 def _notes(name: str, encoder: AttentionLayers, given_rotary: nn.Module | None) -> list[str]:

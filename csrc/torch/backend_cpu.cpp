@@ -1,0 +1,77 @@
+// The operators on CPU: the kernels of the instruction set in use, on torch's threads.
+#include <torch/csrc/stable/ops.h>
+
+#include <new>
+
+#include "../kernels/cpu/dispatch.h"
+#include "../kernels/parallel.h"
+#include "backend.h"
+
+namespace x_rope_cls::ops {
+namespace {
+
+void run_on_torch_threads(void* /*context*/, int64_t workers,
+                          void (*body)(void* argument, int64_t worker), void* argument) {
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) body(argument, worker);
+  });
+}
+
+Parallel torch_threads() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads, nullptr};
+}
+
+// Scratch memory, 64-byte aligned, freed at the end of the scope.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes)
+      : memory_(bytes == 0 ? nullptr
+                           : ::operator new(static_cast<size_t>(bytes), std::align_val_t{64})) {}
+  ~Workspace() { ::operator delete(memory_, std::align_val_t{64}); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+}  // namespace
+
+void run_rope(const RopeParams& p, const Tensor& /*like*/) {
+  cpu::kernels().rope(p, torch_threads());
+}
+
+void run_rope_table_grad(const RopeTableGradParams& p, const Tensor& /*like*/) {
+  cpu::kernels().rope_table_grad(p, torch_threads());
+}
+
+void set_seed(const Tensor& seed, AttentionParams& p) {
+  p.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+}
+
+void run_attention_forward(const AttentionParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().attention_workspace(p, threads.workers));
+  cpu::kernels().attention_forward(p, threads, workspace.get());
+}
+
+void run_attention_backward(const AttentionBackwardParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().attention_backward_workspace(p, threads.workers));
+  cpu::kernels().attention_backward(p, threads, workspace.get());
+}
+
+void run_pool_forward(const PoolParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().pool_workspace(p, threads.workers));
+  cpu::kernels().pool_forward(p, threads, workspace.get());
+}
+
+void run_pool_backward(const PoolBackwardParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().pool_backward_workspace(p, threads.workers));
+  cpu::kernels().pool_backward(p, threads, workspace.get());
+}
+
+}  // namespace x_rope_cls::ops
