@@ -11,6 +11,7 @@ from types import ModuleType
 import hypothesis
 import pytest
 import torch
+from backends import BACKENDS, running, why_not
 
 from x_rope_cls import _C
 
@@ -37,6 +38,16 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_isa(request.param)
     yield request.param
     _C.set_cpu_isa(chosen)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every instruction set, with the CUDA kernels simulated, and on a GPU where there is one."""
+    reason = why_not(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    with running(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=[1, 2, 3])

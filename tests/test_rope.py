@@ -7,7 +7,7 @@ from dataclasses import replace
 import hypothesis
 import pytest
 import torch
-from cases import each_isa
+from backends import each_backend, moved
 from strategies import DTYPES, LAYOUTS, Generator, RopeCase, examples, lay_out, make_tables, rope_cases
 from tolerance import assert_close
 
@@ -33,11 +33,11 @@ def test_random_cases(case):
     eager = reference.rope(case.x, case.rotary, inverse=case.inverse)
     doubled = in_float64(case)
     exact = reference.rope(doubled.x, doubled.rotary, inverse=case.inverse)
-    for isa in each_isa():
+    for backend in each_backend():
         out = apply_rope(case.x, case.rotary, inverse=case.inverse)
         assert out.dtype == dtype
         assert out.transpose(1, 2).is_contiguous()
-        assert_close(out, eager, exact, dtype, isa)
+        assert_close(out, eager, exact, dtype, backend)
 
 
 @hypothesis.given(case=rope_cases())
@@ -45,14 +45,14 @@ def test_random_gradients(case):
     weight = Generator(7).normal(*case.x.shape, dtype=case.x.dtype)
     eager = gradients(reference.rope, case, weight)
     exact = gradients(reference.rope, in_float64(case), weight)
-    for isa in each_isa():
+    for backend in each_backend():
         for name, gradient in gradients(apply_rope, case, weight).items():
-            assert_close(gradient, eager[name], exact[name], case.x.dtype, f"{isa}: gradient of {name}")
+            assert_close(gradient, eager[name], exact[name], case.x.dtype, f"{backend}: gradient of {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_unrotated_tokens_and_channels_are_copied_bit_for_bit(isa, dtype, interleaved):
+def test_unrotated_tokens_and_channels_are_copied_bit_for_bit(backend, dtype, interleaved):
     x = Generator(1).normal(2, 3, 9, 22, dtype=dtype)
     rotate = torch.arange(9) % 3 > 0
     rotary = replace(RotaryEmbedding(12, interleaved=interleaved)(9, rotate))
@@ -64,7 +64,7 @@ def test_unrotated_tokens_and_channels_are_copied_bit_for_bit(isa, dtype, interl
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts_of_memory(isa, layout, dtype):
+def test_layouts_of_memory(backend, layout, dtype):
     x = lay_out(Generator(1).normal(2, 3, 37, 40, dtype=dtype), layout)
     rotary = RotaryEmbedding(32)(37)
     assert torch.equal(apply_rope(x, rotary), apply_rope(x.contiguous(), rotary))
@@ -72,7 +72,7 @@ def test_layouts_of_memory(isa, layout, dtype):
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64])
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_numbers_of_pairs(isa, pairs, interleaved):
+def test_numbers_of_pairs(backend, pairs, interleaved):
     """Every way to fill a vector, with and without channels behind."""
     for head_dim in (2 * pairs, 2 * pairs + 1):
         x = Generator(2).normal(1, 2, 5, head_dim, dtype=torch.float32)
@@ -82,17 +82,27 @@ def test_numbers_of_pairs(isa, pairs, interleaved):
         torch.testing.assert_close(apply_rope(x, rotary, inverse=True), reference.rope(x, rotary, inverse=True))
 
 
-def test_inverse_undoes_a_rotation(isa):
+def test_inverse_undoes_a_rotation(backend):
     x = torch.randn(2, 3, 50, 16, dtype=torch.float64)
     rotary = RotaryEmbedding(16)(50, torch.arange(50) > 2)
     back = apply_rope(apply_rope(x, rotary), rotary, inverse=True)
     torch.testing.assert_close(back, x, rtol=1e-6, atol=1e-6)  # float32 tables: cos^2 + sin^2 is 1 to 1e-7
 
 
-def test_large_tensors_use_all_threads_and_agree(isa, threads):
+def test_large_tensors_use_all_threads_and_agree(backend, threads):
     x = torch.randn(2, 8, 1025, 64)
     rotary = RotaryEmbedding(32)(1025, torch.arange(1025) > 0)
     torch.testing.assert_close(apply_rope(x, rotary), reference.rope(x, rotary))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_copies_for_another_device_keep_the_layout(layout):
+    t = lay_out(Generator(1).normal(2, 3, 5, 7, dtype=torch.float32), layout)
+    copy = moved(t, "cpu")
+    assert torch.equal(copy, t)
+    assert copy.stride() == t.stride()
+    assert copy.data_ptr() % 16 == t.data_ptr() % 16
+    assert copy.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
 
 
 def test_tables_of_other_dtypes_are_converted():
