@@ -36,7 +36,7 @@ Tensor3 without_heads(const Tensor& t) {
 void Case::choose_sizes() {
   batch = random.integer(random.chance(0.1) ? 0 : 1, 3);
   tokens = random.integer(0, 70);
-  channels = random.integer(1, 72);
+  channels = random.chance(0.25) ? 32 * random.integer(1, 4) : random.integer(1, 72);
   heads = random.integer(random.chance(0.05) ? 0 : 1, 4);
   queries = random.integer(1, 3);
   switch (random.integer(0, 9)) {

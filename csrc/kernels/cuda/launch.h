@@ -13,15 +13,9 @@
 #include "../attention.h"
 #include "../pooling.h"
 #include "../rope.h"
+#include "device.h"
 
 namespace x_rope_cls::cuda {
-
-// What launch choices depend on.
-struct Device {
-  int32_t multiprocessors;
-  int32_t shared_per_block;           // bytes, the most that a block may opt in to
-  int32_t shared_per_multiprocessor;  // bytes
-};
 
 // Of the current device.
 cudaError_t query_device(Device* device);

@@ -1,0 +1,73 @@
+// Pooling forward: parts of the tokens are summed apart, relative to their own largest score, and
+// merged in order.
+#include "launch.h"
+#include "pooling_common.cuh"
+#include "pooling_simple.cuh"
+
+namespace x_rope_cls::cuda {
+namespace {
+
+// One row: the splits' sums to pooled and lse.
+template <typename S>
+__global__ void __launch_bounds__(kPoolThreads)
+    merge_kernel(const __grid_constant__ PoolCall<S> call) {
+  using T = Compute<S>;
+  __shared__ T factors[kPoolMostSplits];
+  const PoolParams& p = call.p();
+  const int64_t b = blockIdx.x / call.plan.rows, r = blockIdx.x % call.plan.rows;
+  const int64_t splits = call.plan.splits;
+  T largest = -static_cast<T>(INFINITY);
+  for (int64_t s = 0; s < splits; ++s) largest = larger(largest, call.stats(b, s, r)[0]);
+  const T shift = largest == -static_cast<T>(INFINITY) ? T{0} : largest;
+  for (int64_t s = threadIdx.x; s < splits; s += kPoolThreads) {
+    factors[s] = power_of_two(call.stats(b, s, r)[0] - shift);
+  }
+  __syncthreads();
+  T sum{0};
+  for (int64_t s = 0; s < splits; ++s) sum += factors[s] * call.stats(b, s, r)[1];
+  const bool none = sum == T{0};
+  if (threadIdx.x == 0) {
+    const double lse = (static_cast<double>(largest) + log2(static_cast<double>(sum))) * kLn2;
+    static_cast<T*>(p.lse)[blockIdx.x] = none ? -static_cast<T>(INFINITY) : static_cast<T>(lse);
+  }
+  S* const to = static_cast<S*>(p.pooled) + static_cast<int64_t>(blockIdx.x) * p.channels;
+  for (int64_t c = threadIdx.x; c < p.channels; c += kPoolThreads) {
+    T value{0};
+    for (int64_t s = 0; s < splits; ++s) value += factors[s] * call.sums(b, s, r, 0)[c];
+    value = none ? T{0} : value / sum * call.weight(c) + call.bias(c);
+    to[c] = from_compute<S>(value);
+  }
+}
+
+template <typename S>
+cudaError_t forward(const PoolParams& p, const Device& device, void* workspace,
+                    cudaStream_t stream) {
+  PoolCall<S> call{};
+  call.g.forward = p;
+  call.plan = pool_plan(p, device);
+  call.memory = static_cast<char*>(workspace);
+  const int64_t rows = p.batch * call.plan.rows;
+  if (rows == 0) return cudaSuccess;
+  cudaError_t error = simple_scores(call, false, stream);
+  if (error == cudaSuccess) {
+    error = launch_pool(simple_softmax_kernel<S>, rows, kPoolThreads, 0, stream, call);
+  }
+  if (error == cudaSuccess) error = simple_sums(call, stream);
+  if (error != cudaSuccess) return error;
+  return launch_pool(merge_kernel<S>, rows, kPoolThreads, 0, stream, call);
+}
+
+}  // namespace
+
+int64_t pool_workspace(const PoolParams& params, const Device& device) {
+  return pool_plan(params, device).bytes;
+}
+
+cudaError_t pool_forward(const PoolParams& params, const Device& device, void* workspace,
+                         cudaStream_t stream) {
+  return with_dtype(params.dtype, [&](auto element) {
+    return forward<decltype(element)>(params, device, workspace, stream);
+  });
+}
+
+}  // namespace x_rope_cls::cuda
