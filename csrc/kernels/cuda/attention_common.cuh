@@ -1,0 +1,137 @@
+// What the attention passes share: rows of keys and values as tiles in shared memory, the rotated
+// queries, and what is added to or dropped from scores.
+#pragma once
+
+#include <cstdint>
+
+#include "../attention.h"
+#include "attention_choices.h"
+#include "mma.cuh"
+#include "numeric.cuh"
+#include "philox.cuh"
+#include "prepare.cuh"
+#include "rotate.cuh"
+
+namespace x_rope_cls::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.69314718f;
+
+__device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
+
+// 2^x in one instruction; exp2f would spend more on results below 2^-126, which do not matter here.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Rows of keys or values that can be copied in pieces of 16 bytes: (batch, key heads, tokens), in
+// places (gathered: false) or looked up by the token at a place.
+struct TileRows {
+  const void* data;
+  int64_t stride_b, stride_h, stride_n;
+  int32_t pieces;  // 16-byte pieces that a row has; those beyond are zeros
+  bool gathered;
+};
+
+// Starts copies of rows at places first ... first + count - 1 to a tile; zeros elsewhere. `tokens`:
+// the token at each place; null: place i is row i. count is at least 1.
+template <typename T, int kDim, int kRows, int kThreads>
+__device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int64_t stride_n,
+                                          const int32_t* tokens, int32_t first, int32_t count,
+                                          int32_t pieces) {
+  constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
+  constexpr int kPass = kThreads / kLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll
+  for (int i = 0; i < (kRows + kPass - 1) / kPass; ++i) {
+    const int row = static_cast<int>(threadIdx.x) / kLanes + i * kPass;
+    if (kRows % kPass != 0 && row >= kRows) break;
+    const bool valid = row < count;
+    const int32_t place = first + (valid ? row : 0);
+    const int32_t token = tokens == nullptr ? place : tokens[place];
+    const T* const from = rows + token * stride_n;
+#pragma unroll
+    for (int piece = lane; piece < kDim / 8; piece += kLanes) {
+      const bool read = valid && piece < pieces;
+      copy_async(to + tile_offset<kDim>(row, piece), from + (read ? piece * 8 : 0), read);
+    }
+  }
+}
+
+// Address that lane `lane` gives to ldmatrix for a fragment of a 16 (rows) x 16 (channels) block.
+// As the left operand, rows are the product's rows; as the right one, its columns.
+template <int kDim>
+__device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int step) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  return tile + tile_offset<kDim>(row + lane % 16, 2 * step + lane / 16);
+}
+template <int kDim>
+__device__ __forceinline__ uint32_t right_address(uint32_t tile, int row, int step) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  return tile + tile_offset<kDim>(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
+}
+
+// The bias in units of log2, finite where it was: the most negative floats, often used as a mask,
+// must not become -infinity, or a row of nothing else would lose its uniform distribution.
+__device__ __forceinline__ float bias_log2(float value) {
+  constexpr float kLargest = 3.402823466e38f;
+  const float scaled = value * kLog2E;
+  const float low = scaled < -kLargest && value >= -kLargest ? -kLargest : scaled;
+  return scaled > kLargest && value <= kLargest ? kLargest : low;
+}
+
+// The bias of all pairs, by strides in elements; null data: none.
+struct ScoreBias {
+  const void* data;
+  DType dtype;
+  int64_t stride_b, stride_h, stride_n, stride_m;
+
+  __device__ __forceinline__ int64_t row(int64_t b, int64_t h, int64_t n) const {
+    return b * stride_b + h * stride_h + n * stride_n;
+  }
+};
+inline ScoreBias score_bias(const AttentionParams& p) {
+  return {p.bias,          p.bias_dtype,    p.bias_stride_b,
+          p.bias_stride_h, p.bias_stride_n, p.bias_stride_m};
+}
+
+template <typename B>
+__device__ __forceinline__ float bias_value(B value) {
+  return bias_log2(static_cast<float>(to_compute(value)));
+}
+template <>
+__device__ __forceinline__ float bias_value(uint8_t keep) {
+  return keep != 0 ? 0.0f : negative_infinity();
+}
+
+// visit(typed pointer) for the bias's dtype.
+template <typename Visit>
+__device__ __forceinline__ void with_bias(const ScoreBias& bias, const Visit& visit) {
+  switch (bias.dtype) {
+    case DType::kBool:
+      return visit(static_cast<const uint8_t*>(bias.data));
+    case DType::kFloat64:
+      return visit(static_cast<const double*>(bias.data));
+    case DType::kBFloat16:
+      return visit(static_cast<const bf16*>(bias.data));
+    case DType::kFloat16:
+      return visit(static_cast<const fp16*>(bias.data));
+    default:
+      return visit(static_cast<const float*>(bias.data));
+  }
+}
+
+// Dropout as a launch takes it; the seed is read where a block starts.
+struct DropoutParams {
+  const int64_t* seed;  // null: no dropout
+  uint64_t threshold;
+  float kept;  // factor of the kept weights; 1 without dropout
+};
+inline DropoutParams dropout_params(const AttentionParams& p) {
+  if (p.dropout_p <= 0) return {nullptr, 0, 1.0f};
+  return {p.seed_data, dropout_threshold(p.dropout_p), static_cast<float>(dropout_kept(p.dropout_p))};
+}
+
+}  // namespace x_rope_cls::cuda
