@@ -224,7 +224,9 @@ bool run_attention_case(uint64_t seed) {
   checker.values("out", c.dtype, c.out.values(), expected.out);
   checker.values("lse", compute_type(c.dtype), c.lse.values(), expected.lse);
   checker.gaps("out", c.out);
-  check_backward(c, workers, checker);
+  if (kernels.attention_backward != nullptr) {
+    check_backward(c, workers, checker);
+  }
   return checker.passed();
 }
 

@@ -46,14 +46,14 @@ constexpr ForwardShape forward_shape(int32_t dim, bool wide) {
 
 // Row stride in floats of the sums that the warps of a narrow block merge: rows start 32 bytes
 // apart in the banks, so that 8-byte stores of 8 rows do not conflict.
-constexpr int32_t merge_pitch(int32_t dim) { return dim + 8; }
+constexpr int32_t kMergePadding = 8;
 
 // Queries, one tile of keys and one of values; the merge of a narrow block reuses the latter two.
 constexpr int32_t forward_shared_bytes(int32_t dim, bool wide) {
   const ForwardShape s = forward_shape(dim, wide);
   const int32_t queries = s.rows * dim * 2;
   const int32_t tiles = 2 * s.keys * dim * 2;
-  const int32_t merge = wide ? 0 : s.warps * s.rows * (merge_pitch(dim) + 2) * 4;
+  const int32_t merge = wide ? 0 : s.warps * s.rows * (dim + kMergePadding + 2) * 4;
   return queries + (tiles > merge ? tiles : merge);
 }
 
@@ -65,7 +65,8 @@ constexpr bool rows_are_few(int64_t queries, int64_t group) {
 
 // Parts into which the keys are cut, so that `blocks` of them give every multiprocessor about two.
 constexpr int32_t key_parts(int64_t blocks, int64_t key_tiles, int32_t multiprocessors) {
-  const int64_t wanted = ceil_div(2 * static_cast<int64_t>(multiprocessors), blocks < 1 ? 1 : blocks);
+  const int64_t wanted =
+      ceil_div(2 * static_cast<int64_t>(multiprocessors), blocks < 1 ? 1 : blocks);
   const int64_t most = key_tiles / kLeastPartTiles;
   int64_t parts = wanted < most ? wanted : most;
 

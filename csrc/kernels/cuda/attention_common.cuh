@@ -53,7 +53,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int64_t st
     const int32_t token = tokens == nullptr ? place : tokens[place];
     const T* const from = rows + token * stride_n;
 #pragma unroll
-    for (int piece = lane; piece < kDim / 8; piece += kLanes) {
+    for (int j = 0; j < kDim / 8 / kLanes; ++j) {
+      const int piece = lane + j * kLanes;
       const bool read = valid && piece < pieces;
       copy_async(to + tile_offset<kDim>(row, piece), from + (read ? piece * 8 : 0), read);
     }
@@ -93,17 +94,16 @@ struct ScoreBias {
   }
 };
 inline ScoreBias score_bias(const AttentionParams& p) {
-  return {p.bias,          p.bias_dtype,    p.bias_stride_b,
-          p.bias_stride_h, p.bias_stride_n, p.bias_stride_m};
+  return {p.bias, p.bias_dtype, p.bias_stride_b, p.bias_stride_h, p.bias_stride_n, p.bias_stride_m};
 }
 
 template <typename B>
-__device__ __forceinline__ float bias_value(B value) {
-  return bias_log2(static_cast<float>(to_compute(value)));
+__device__ __forceinline__ void add_bias(float& score, B value) {
+  score += bias_log2(static_cast<float>(to_compute(value)));
 }
-template <>
-__device__ __forceinline__ float bias_value(uint8_t keep) {
-  return keep != 0 ? 0.0f : negative_infinity();
+// Hides the pair, whatever its score is.
+__device__ __forceinline__ void add_bias(float& score, uint8_t keep) {
+  if (keep == 0) score = negative_infinity();
 }
 
 // visit(typed pointer) for the bias's dtype.
@@ -131,7 +131,8 @@ struct DropoutParams {
 };
 inline DropoutParams dropout_params(const AttentionParams& p) {
   if (p.dropout_p <= 0) return {nullptr, 0, 1.0f};
-  return {p.seed_data, dropout_threshold(p.dropout_p), static_cast<float>(dropout_kept(p.dropout_p))};
+  return {p.seed_data, dropout_threshold(p.dropout_p),
+          static_cast<float>(dropout_kept(p.dropout_p))};
 }
 
 }  // namespace x_rope_cls::cuda
