@@ -7,7 +7,8 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from cases import each_isa, forward_backward
+from backends import each_backend
+from cases import forward_backward
 from strategies import DTYPES, LAYOUTS, Generator, lay_out
 from tolerance import SLACK, assert_close, gradient_slack, largest
 from torch import Tensor
@@ -41,6 +42,10 @@ class PoolCase:
     norm: str | None = None
     norm_eps: float = 1e-5
     frozen: tuple[str, ...] = ()
+
+    def work(self) -> float:
+        """Multiplications of one product."""
+        return self.x.shape.numel() * self.query.shape[1:3].numel()
 
     def tensors(self) -> dict[str, Tensor]:
         """All floating tensors, by name."""
@@ -221,13 +226,13 @@ def check_pool_forward(case: PoolCase) -> None:
     """Asserts that the operator's outputs are as near to float64 as eager PyTorch's, on every instruction set."""
     slack = SLACK[case.x.dtype] * conditioning(case)
     eager, exact = call_pool_reference(case), call_pool_reference(pool_in_float64(case))
-    for isa in each_isa():
+    for backend in each_backend(case.work()):
         pooled, lse = call_pool(case)
         assert pooled.dtype == case.x.dtype
         assert pooled.is_contiguous()
         assert lse.is_contiguous()
-        assert_close(pooled, eager[0], exact[0], case.x.dtype, f"{isa}: pooled", slack)
-        assert_close(lse, eager[1], exact[1], case.x.dtype, f"{isa}: lse", slack)
+        assert_close(pooled, eager[0], exact[0], case.x.dtype, f"{backend}: pooled", slack)
+        assert_close(lse, eager[1], exact[1], case.x.dtype, f"{backend}: lse", slack)
 
 
 def check_pool_backward(case: PoolCase, use_pooled: bool = True, use_lse: bool = True) -> None:
@@ -238,12 +243,12 @@ def check_pool_backward(case: PoolCase, use_pooled: bool = True, use_lse: bool =
     eager, eager_gradients = forward_backward(call_pool_reference, case, weights)
     exact, exact_gradients = forward_backward(call_pool_reference, pool_in_float64(case), weights)
     slack = {name: factor * gradient_slack(dtype, case.summands(name)) for name in exact_gradients}
-    for isa in each_isa():
+    for backend in each_backend(case.work()):
         outputs, gradients = forward_backward(call_pool, case, weights)
         for name, *of in zip(("pooled", "lse"), outputs, eager, exact, strict=True):
-            assert_close(*of, dtype, f"{isa}: {name}", factor * SLACK[dtype])
+            assert_close(*of, dtype, f"{backend}: {name}", factor * SLACK[dtype])
         assert set(gradients) == set(case.differentiable())
         for name, gradient in gradients.items():
             assert gradient.dtype == case.tensors()[name].dtype
             of = (gradient, eager_gradients[name], exact_gradients[name])
-            assert_close(*of, dtype, f"{isa}: gradient of {name}", slack[name])
+            assert_close(*of, dtype, f"{backend}: gradient of {name}", slack[name])

@@ -105,7 +105,7 @@ def pool_function(function, norm, options):
 
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("options", ["plain", "keys", "own_queries", "frozen_tokens"])
-def test_late_cls_pool(isa, norm, options):
+def test_late_cls_pool(backend, norm, options):
     assert gradcheck(pool_function(late_cls_pool, norm, options), pool_arguments(norm, options), atol=1e-6)
 
 

@@ -105,7 +105,7 @@ def test_layouts_of_queries(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_the_output_gradient(isa, layout):
+def test_layouts_of_the_output_gradient(backend, layout):
     case = model_case(3, 33, 24, norm="layer", heads=3, queries=2)
     pooled, lse = pool_weights(case)
     pooled, lse = lay_out(pooled, layout), lse.mT.contiguous().mT
@@ -113,7 +113,7 @@ def test_layouts_of_the_output_gradient(isa, layout):
     same(forward_backward(call_pool, case, (pooled, lse))[1], expected)
 
 
-def test_expanded_output_gradients(isa):
+def test_expanded_output_gradients(backend):
     """What .sum() hands back."""
     case = model_case(3, 33, 24, norm="layer")
     ones = torch.ones(())
@@ -166,7 +166,7 @@ def test_large_scores(dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_masked_tokens_never_matter_and_get_no_gradient(isa, bad, dtype, norm):
+def test_masked_tokens_never_matter_and_get_no_gradient(backend, bad, dtype, norm):
     for B, N, C in SIZES:
         case = model_case(B, N, C, dtype, norm, masked=0.4)
         expected = gradients_of(case)
@@ -181,7 +181,7 @@ def test_masked_tokens_never_matter_and_get_no_gradient(isa, bad, dtype, norm):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("N", [9, 700])
-def test_rows_without_tokens_give_and_get_nothing(isa, dtype, norm, N):
+def test_rows_without_tokens_give_and_get_nothing(backend, dtype, norm, N):
     case = model_case(3, N, 20, dtype, norm, shared=False)
     case = replace(case, key_mask=torch.tensor([[True], [False], [True]]).expand(3, N))
     gradients = gradients_of(case)
@@ -198,7 +198,7 @@ def test_rows_without_tokens_give_and_get_nothing(isa, dtype, norm, N):
 @pytest.mark.parametrize("sizes", [(0, 5, 8, 2, 1), (2, 0, 8, 2, 1), (2, 5, 8, 0, 1), (2, 5, 8, 2, 0), (0, 0, 1, 0, 0)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_nothing_at_all(isa, sizes, shared, norm):
+def test_nothing_at_all(backend, sizes, shared, norm):
     B, N, C, H, M = sizes
     vectors = (torch.ones(C), torch.zeros(C)) if norm else (None, None)
     case = PoolCase(torch.randn(B, N, C), torch.randn(1 if shared else B, H, M, C), None, *vectors, norm=norm)
@@ -208,7 +208,7 @@ def test_nothing_at_all(isa, sizes, shared, norm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nan_in_a_token_reaches_its_batch_alone(isa, dtype):
+def test_nan_in_a_token_reaches_its_batch_alone(backend, dtype):
     for norm in NORMS:
         case = model_case(3, 600, 20, dtype, norm, shared=False)
         clean = gradients_of(case)
@@ -234,7 +234,7 @@ def test_result_does_not_depend_on_the_number_of_threads(isa, threads, dtype):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_without_that_of_x_are_the_same(isa, norm, dtype):
+def test_gradients_without_that_of_x_are_the_same(backend, norm, dtype):
     """A frozen backbone: x gets no gradient, and none is computed; the others do not change."""
     for B, N, C in SIZES:
         case = model_case(B, N, C, dtype, norm, masked=0.2)

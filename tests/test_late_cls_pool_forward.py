@@ -105,7 +105,7 @@ def test_mask_with_long_gaps_and_long_runs():
     check_pool_forward(replace(case, key_mask=~key_mask))
 
 
-def test_a_query_shared_by_the_batch_is_an_expanded_one(isa):
+def test_a_query_shared_by_the_batch_is_an_expanded_one(backend):
     for B in (3, 70):
         case = model_case(B, 30, 24, heads=3)
         expected = call_pool(case)
@@ -154,7 +154,7 @@ def test_norm_eps(norm, eps):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_masked_tokens_never_matter(isa, bad, dtype, norm):
+def test_masked_tokens_never_matter(backend, bad, dtype, norm):
     for B, N, C in SIZES:
         case = model_case(B, N, C, dtype, norm, masked=0.4)
         expected = call_pool(case)
@@ -165,7 +165,7 @@ def test_masked_tokens_never_matter(isa, bad, dtype, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_without_tokens(isa, dtype, norm):
+def test_rows_without_tokens(backend, dtype, norm):
     for N, C in ((9, 20), (700, 16)):
         case = model_case(3, N, C, dtype, norm)
         key_mask = torch.tensor([[True], [False], [True]]).expand(3, N)
@@ -181,7 +181,7 @@ def test_rows_without_tokens(isa, dtype, norm):
 
 @pytest.mark.parametrize("sizes", [(0, 5, 8, 2, 1), (2, 0, 8, 2, 1), (2, 5, 8, 0, 1), (2, 5, 8, 2, 0), (0, 0, 1, 0, 0)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_nothing_at_all(isa, sizes, shared):
+def test_nothing_at_all(backend, sizes, shared):
     B, N, C, H, M = sizes
     pooled, lse = call_pool(PoolCase(torch.randn(B, N, C), torch.randn(1 if shared else B, H, M, C)))
     assert pooled.shape == (B, H, M, C)
@@ -193,7 +193,7 @@ def test_nothing_at_all(isa, sizes, shared):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(("N", "n"), [(20, 19), (600, 0), (600, 599)])
-def test_nan_in_a_token_reaches_its_batch_alone(isa, dtype, norm, N, n):
+def test_nan_in_a_token_reaches_its_batch_alone(backend, dtype, norm, N, n):
     case = model_case(3, N, 20, dtype, norm)
     clean = call_pool(case)
     case.x[1, n, 13] = torch.nan
@@ -206,7 +206,7 @@ def test_nan_in_a_token_reaches_its_batch_alone(isa, dtype, norm, N, n):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [20, 600])
-def test_nan_in_a_query_stays_in_its_row(isa, dtype, N):
+def test_nan_in_a_query_stays_in_its_row(backend, dtype, N):
     case = model_case(2, N, 20, dtype, heads=3, shared=False)
     clean = call_pool(case)
     case.query[1, 2, 1, 19] = torch.nan
