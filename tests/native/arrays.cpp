@@ -170,17 +170,17 @@ Tensor::Tensor(DType dtype, int64_t b, int64_t h, int64_t n, int64_t d)
 
 Tensor Tensor::holding(Random& random, DType dtype, naive::Array& values) {
   Tensor tensor(random, dtype, values.b, values.h, values.n, values.d);
-  tensor.take(values);
+  tensor.set(values);
   return tensor;
 }
 
 Tensor Tensor::holding(DType dtype, naive::Array& values) {
   Tensor tensor(dtype, values.b, values.h, values.n, values.d);
-  tensor.take(values);
+  tensor.set(values);
   return tensor;
 }
 
-void Tensor::take(naive::Array& from) {
+void Tensor::set(naive::Array& from) {
   int64_t i = 0;
   each([&](int64_t element) {
     store(dtype_, storage_.get() + offset_bytes_ + element * size_of(dtype_), from.values[i++]);

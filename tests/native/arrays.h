@@ -59,13 +59,14 @@ class Tensor {
   // 0 along axes of size 1, which are broadcast.
   int64_t stride(int axis) const { return sizes_[axis] == 1 ? 0 : strides_[axis]; }
   void fill(double value);
+  // Takes `values`, which are rounded to dtype.
+  void set(naive::Array& values);
   naive::Array values() const;
   // Whether the elements between are as they were.
   bool gaps_untouched() const;
 
  private:
   void allocate();
-  void take(naive::Array& values);
   template <typename Visit>
   void each(const Visit& visit) const;
 

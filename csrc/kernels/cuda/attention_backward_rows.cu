@@ -1,0 +1,233 @@
+// Before and after the sums of attention backward: passes over rows, bound by memory.
+#include <cstdint>
+
+#include "attention_backward.cuh"
+#include "rotate.cuh"
+
+namespace x_rope_cls::cuda {
+namespace {
+
+constexpr int kRowThreads = 128;
+constexpr int64_t kMostBlocks = INT32_MAX;
+
+struct StatsArgs {
+  Tensor4 out, grad_out;
+  const void* lse;
+  const void* grad_lse;
+  int64_t grad_lse_stride_b, grad_lse_stride_h, grad_lse_stride_n;
+  TokenOrder order;
+  int64_t heads, queries, rows;
+  int32_t channels;
+  bool whole, log2;
+};
+
+// A warp a row.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) stats_kernel(StatsArgs p, Compute<T>* stats) {
+  using C = Compute<T>;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  if (row >= p.rows) return;
+  const int64_t place = row % p.queries;
+  const int64_t h = row / p.queries % p.heads;
+  const int64_t b = row / p.queries / p.heads;
+  const int64_t n = p.order.token(b, static_cast<int32_t>(place));
+  const Row<T> out = row_of<T>(p.out, b, h, n, p.channels, p.whole);
+  Row<T> grad = row_of<T>(p.grad_out, b, h, n, p.channels, p.whole);
+  C delta = 0;
+  for (int32_t c = lane * kPiece<T>; c < p.channels; c += kWarpSize * kPiece<T>) {
+    C x[kPiece<T>];
+    C y[kPiece<T>];
+    load_piece(out, c, x);
+    load_piece(grad, c, y);
+#pragma unroll
+    for (int i = 0; i < kPiece<T>; ++i) delta += x[i] * y[i];
+  }
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    delta += __shfl_xor_sync(0xffffffffU, delta, offset);
+  }
+  if (lane != 0) return;
+  if (p.grad_lse != nullptr) {
+    delta -= static_cast<const C*>(
+        p.grad_lse)[b * p.grad_lse_stride_b + h * p.grad_lse_stride_h + n * p.grad_lse_stride_n];
+  }
+  // +infinity, and so weights 0, for rows with nothing to attend to and for those hidden by biases
+  // so large that nothing is left of the scores.
+  constexpr C kHidden = static_cast<C>(sizeof(C) == 8 ? -1e300 : -1e30);
+  C lse = static_cast<const C*>(p.lse)[(b * p.heads + h) * p.queries + n];
+  if (p.log2) lse *= static_cast<C>(kLog2E);
+  stats[2 * row] = lse < kHidden ? static_cast<C>(INFINITY) : lse;
+  stats[2 * row + 1] = delta;
+}
+
+struct FinishArgs {
+  GradSums sums;
+  TokenOrder order, partners;
+  Tensor4 to, rotated;
+  RotaryTable table;
+  bool has_table, by_token, interleaved, whole;
+  int64_t heads, tokens, pieces_all;
+  int32_t pieces, pairs, channels;
+  double factor;
+};
+
+// A piece of a row a thread.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p) {
+  using C = Compute<T>;
+  constexpr int kCount = kPiece<T>;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (index >= p.pieces_all) return;
+  const int64_t row = index / p.pieces;
+  const int32_t first = static_cast<int32_t>(index % p.pieces) * kCount;
+  const auto place = static_cast<int32_t>(row % p.tokens);
+  const int64_t h = row / p.tokens % p.heads;
+  const int64_t b = row / p.tokens / p.heads;
+  const int32_t with = p.order.with_position(b);
+  if (place >= with + p.order.without_position(b)) return;
+  const int64_t n = p.order.token(b, place);
+  const bool turned = p.has_table && place < with && (!p.by_token || has_position(p.table, b, n));
+  const C* const main = static_cast<const C*>(p.sums.main) + row * p.sums.width;
+  const C factor = static_cast<C>(p.factor);
+  C x[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = main[first + i];
+  if (p.rotated.data != nullptr) {
+    C* const to = static_cast<C*>(p.rotated.data) + b * p.rotated.stride_b +
+                  h * p.rotated.stride_h + n * p.rotated.stride_n;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (first + i < p.channels) {
+        to[(first + i) * p.rotated.stride_d] = turned ? x[i] * factor : C{0};
+      }
+    }
+  }
+  if (turned) {
+    rotate_piece(x, angles_of<C>(p.table, b, h, n, p.pairs, p.interleaved, true), first, true,
+                 [&](int, int32_t c) { return main[c]; });
+  }
+  if (p.sums.raw != nullptr && place < with && p.partners.without_position(b) > 0) {
+    const C* const raw = static_cast<const C*>(p.sums.raw) + row * p.sums.width;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] += raw[first + i];
+  }
+  T* const to =
+      static_cast<T*>(p.to.data) + b * p.to.stride_b + h * p.to.stride_h + n * p.to.stride_n;
+  Piece<T> piece;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) piece.values[i] = from_compute<T>(x[i] * factor);
+  if (p.whole) {
+    *reinterpret_cast<Piece<T>*>(to + first) = piece;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (first + i < p.channels) to[(first + i) * p.to.stride_d] = piece.values[i];
+  }
+}
+
+struct ClearArgs {
+  Tensor4 to;
+  const uint8_t* keep;
+  int64_t keep_stride_b, keep_stride_n;
+  int64_t heads, tokens, channels, elements;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) clear_kernel(const ClearArgs p) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (index >= p.elements) return;
+  const int64_t row = index / p.channels;
+  const int64_t n = row % p.tokens;
+  const int64_t h = row / p.tokens % p.heads;
+  const int64_t b = row / p.tokens / p.heads;
+  if (p.keep[b * p.keep_stride_b + n * p.keep_stride_n] != 0) return;
+  static_cast<T*>(p.to.data)[b * p.to.stride_b + h * p.to.stride_h + n * p.to.stride_n +
+                             index % p.channels * p.to.stride_d] = from_compute<T>(Compute<T>{0});
+}
+
+}  // namespace
+
+cudaError_t row_stats(const AttentionBackwardParams& params, const TokenOrder& order, bool log2,
+                      void* stats, cudaStream_t stream) {
+  const AttentionParams& p = params.forward;
+  return with_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    StatsArgs a{};
+    a.out = p.out;
+    a.grad_out = params.grad_out;
+    a.lse = p.lse;
+    a.grad_lse = params.grad_lse;
+    a.grad_lse_stride_b = params.grad_lse_stride_b;
+    a.grad_lse_stride_h = params.grad_lse_stride_h;
+    a.grad_lse_stride_n = params.grad_lse_stride_n;
+    a.order = order;
+    a.heads = p.heads;
+    a.queries = p.queries;
+    a.rows = p.batch * p.heads * p.queries;
+    a.channels = static_cast<int32_t>(p.value_dim);
+    a.whole =
+        rows_are_whole<T>(p.out, p.value_dim) && rows_are_whole<T>(params.grad_out, p.value_dim);
+    a.log2 = log2;
+    const int64_t blocks = ceil_div(a.rows, kRowThreads / kWarpSize);
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+    stats_kernel<T><<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(
+        a, static_cast<Compute<T>*>(stats));
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t finish_sums(const FinishParams& params, cudaStream_t stream) {
+  return with_dtype(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    FinishArgs a{};
+    a.sums = params.sums;
+    a.order = params.order;
+    a.partners = params.partners;
+    a.to = params.to;
+    a.rotated = params.rotated;
+    a.has_table = params.table != nullptr;
+    if (a.has_table) a.table = *params.table;
+    a.by_token = params.rule.by_token;
+    a.interleaved = params.interleaved;
+    a.whole = rows_are_whole<T>(params.to, params.channels);
+    a.heads = params.heads;
+    a.tokens = params.tokens;
+    a.pieces = static_cast<int32_t>(ceil_div(params.channels, kPiece<T>));
+    a.pieces_all = params.batch * params.heads * params.tokens * a.pieces;
+    a.pairs = static_cast<int32_t>(params.pairs);
+    a.channels = static_cast<int32_t>(params.channels);
+    a.factor = params.factor;
+    const int64_t blocks = ceil_div(a.pieces_all, kRowThreads);
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+    finish_kernel<T><<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t clear_masked(DType dtype, const Tensor4& to, const AttentionParams& params,
+                         int64_t channels, cudaStream_t stream) {
+  if (to.data == nullptr || params.key_mask == nullptr) return cudaSuccess;
+  return with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const ClearArgs a{to,
+                      params.key_mask,
+                      params.key_mask_stride_b,
+                      params.key_mask_stride_n,
+                      params.key_heads,
+                      params.keys,
+                      channels,
+                      params.batch * params.key_heads * params.keys * channels};
+    const int64_t blocks = ceil_div(a.elements, kRowThreads);
+    if (blocks == 0) return cudaSuccess;
+    if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
+    clear_kernel<T><<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(a);
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace x_rope_cls::cuda
