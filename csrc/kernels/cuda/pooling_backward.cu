@@ -3,7 +3,7 @@
 // sum over n of ds y_n, where y = x' weight + bias and x' is x or the normalised x. Sums over
 // tokens are of x' and kept by split: weight and bias come in where they are merged, in order.
 #include "launch.h"
-#include "pooling_common.cuh"
+#include "pooling_backward_tiles.cuh"
 #include "pooling_simple.cuh"
 
 namespace x_rope_cls::cuda {
@@ -83,13 +83,31 @@ cudaError_t simple_backward(const PoolCall<S>& call, cudaStream_t stream) {
 }
 
 template <typename S>
+cudaError_t backward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
+  const PoolParams& p = call.p();
+  const Tensor3& dx = call.g.dx;
+  const cudaError_t error = stack_rows(call, true, stream);
+  if (error != cudaSuccess) return error;
+  return launch_tiles(backward_tiles_kernel<S>, call, stream, has_whole_pieces<S>(p.x, p.channels),
+                      has_whole_pieces<S>(dx, p.channels));
+}
+
+template <typename S>
+cudaError_t any_backward(const PoolCall<S>& call, cudaStream_t stream) {
+  if constexpr (sizeof(S) == 2) {
+    if (call.plan.tensor_cores) return backward_tiles(call, stream);
+  }
+  return simple_backward(call, stream);
+}
+
+template <typename S>
 cudaError_t backward(const PoolBackwardParams& g, const Device& device, void* workspace,
                      cudaStream_t stream) {
   using T = Compute<S>;
   const PoolParams& p = g.forward;
   const PoolCall<S> call{g, pool_backward_plan(g, device), static_cast<char*>(workspace)};
   const PoolPlan& plan = call.plan;
-  cudaError_t error = simple_backward(call, stream);
+  cudaError_t error = any_backward(call, stream);
   const auto pieces = static_cast<uint32_t>(pool_ceil(p.channels, kPoolThreads));
   if (error == cudaSuccess) {
     error = launch_pool(merge_grads_kernel<S>, p.batch * plan.rows * pieces, kPoolThreads, 0,

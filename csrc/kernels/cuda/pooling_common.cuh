@@ -93,6 +93,13 @@ __device__ __forceinline__ T larger(T a, T b) {
   return a > b ? a : b;
 }
 
+// The natural logarithm of sum * 2^maximum.
+template <typename T>
+__device__ T log_sum(T maximum, T sum) {
+  if (sum == T{0}) return -static_cast<T>(INFINITY);
+  return static_cast<T>((static_cast<double>(maximum) + log2(static_cast<double>(sum))) * kLn2);
+}
+
 // Of all 32 lanes; every lane gets the sum.
 template <typename T>
 __device__ __forceinline__ T warp_sum(T x) {

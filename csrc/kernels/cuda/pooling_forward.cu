@@ -1,7 +1,7 @@
 // Pooling forward: parts of the tokens are summed apart, relative to their own largest score, and
 // merged in order.
 #include "launch.h"
-#include "pooling_common.cuh"
+#include "pooling_forward_tiles.cuh"
 #include "pooling_simple.cuh"
 
 namespace x_rope_cls::cuda {
@@ -27,8 +27,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   for (int64_t s = 0; s < splits; ++s) sum += factors[s] * call.stats(b, s, r)[1];
   const bool none = sum == T{0};
   if (threadIdx.x == 0) {
-    const double lse = (static_cast<double>(largest) + log2(static_cast<double>(sum))) * kLn2;
-    static_cast<T*>(p.lse)[blockIdx.x] = none ? -static_cast<T>(INFINITY) : static_cast<T>(lse);
+    static_cast<T*>(p.lse)[blockIdx.x] = log_sum(largest, sum);
   }
   S* const to = static_cast<S*>(p.pooled) + static_cast<int64_t>(blockIdx.x) * p.channels;
   for (int64_t c = threadIdx.x; c < p.channels; c += kPoolThreads) {
@@ -40,6 +39,16 @@ __global__ void __launch_bounds__(kPoolThreads)
 }
 
 template <typename S>
+cudaError_t forward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
+  const bool whole = has_whole_pieces<S>(call.p().x, call.p().channels);
+  cudaError_t error = stack_rows(call, false, stream);
+  if (error == cudaSuccess) error = launch_tiles(forward_tiles_kernel<S>, call, stream, whole);
+  if (error != cudaSuccess || call.plan.splits == 1) return error;
+  return launch_pool(merge_kernel<S>, call.p().batch * call.plan.rows, kPoolThreads, 0, stream,
+                     call);
+}
+
+template <typename S>
 cudaError_t forward(const PoolParams& p, const Device& device, void* workspace,
                     cudaStream_t stream) {
   PoolCall<S> call{};
@@ -48,6 +57,9 @@ cudaError_t forward(const PoolParams& p, const Device& device, void* workspace,
   call.memory = static_cast<char*>(workspace);
   const int64_t rows = p.batch * call.plan.rows;
   if (rows == 0) return cudaSuccess;
+  if constexpr (sizeof(S) == 2) {
+    if (call.plan.tensor_cores) return forward_tiles(call, stream);
+  }
   cudaError_t error = simple_scores(call, false, stream);
   if (error == cudaSuccess) {
     error = launch_pool(simple_softmax_kernel<S>, rows, kPoolThreads, 0, stream, call);

@@ -13,7 +13,9 @@ namespace x_rope_cls::cuda {
 // blocks, which find the tokens in the L2 cache.
 inline constexpr int kPoolTokens = 16;
 inline constexpr int kPoolRows = 16;
-inline constexpr int kPoolMostWarps = 16;
+// At most; more would leave too few registers a thread.
+inline constexpr int kPoolForwardWarps = 12;   // 1,536 channels
+inline constexpr int kPoolBackwardWarps = 16;  // 1,024 channels
 // Channels of a warp: as many as its sums have registers for (16 rows of 128 channels are 64 a
 // lane; the backward pass has two kinds of sums).
 inline constexpr int kPoolForwardSlab = 128;
@@ -55,7 +57,7 @@ inline int64_t pool_shared_bytes(int64_t warps, int64_t stages, bool backward) {
   const int64_t stacked = backward ? 2 * kPoolRows : kPoolRows;
   return warps * (stages * kPoolTokens * slab * 2 + (backward ? stacked * slab * 2 : 0) +
                   stacked * kPoolTokens * 4 + kPoolTokens * 8) +
-         stacked * kPoolTokens * 2 + (backward ? 1024 : 256);
+         stacked * kPoolTokens * 2 + (backward ? 1152 : 256);
 }
 
 // Tensor cores whenever elements are 16-bit: reading them at bandwidth B asks for 2 R B flop/s
@@ -83,7 +85,8 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
   }
   plan.shared_bytes = pool_shared_bytes(warps, plan.stages, backward);
   plan.padded = warps * slab;
-  plan.tensor_cores = false && half && plan.rows > 0 && p.tokens > 0 && warps <= kPoolMostWarps &&
+  plan.tensor_cores = half && plan.rows > 0 && p.tokens > 0 &&
+                      warps <= (backward ? kPoolBackwardWarps : kPoolForwardWarps) &&
                       plan.shared_bytes <= device.shared_per_block &&
                       (!backward || plan.groups == 1);
   if (plan.tensor_cores) {

@@ -1,0 +1,311 @@
+// Pooling backward on tensor cores: 16 tokens a step, each read once and its gradient written once.
+//
+// Queries and gradients of pooled, 16 rows each, lie stacked in shared memory. One product with the
+// tile gives both kinds of scores, added up over the warps' channels through shared memory; weights
+// p and scale * ds come back as left operands: of the sums over tokens as they lie, and transposed
+// of dx, whose right operand are the stacked rows. dx replaces the tile in shared memory, so that
+// it is stored 16 bytes at a time.
+//
+// A normalisation costs no sums over channels of dx: those that its gradient needs, of dx' and of
+// dx' x', are sums over rows of p and ds times means of the stacked rows or times scores.
+#pragma once
+
+#include "pooling_tile.cuh"
+
+namespace x_rope_cls::cuda {
+namespace {
+
+constexpr int kScoreFloats = kPoolRows * kPoolTokens;           // of one kind and warp
+constexpr int kStackBytes = kPoolRows * kPoolBackwardSlab * 2;  // of one kind and warp
+constexpr int kWeightBytes = kPoolRows * kPoolTokens * 2;       // of one kind
+
+struct BackwardShared {
+  char* stack;     // of this warp: queries, then gradients, (32, slab)
+  float* partial;  // (warps, 2, 2, 16, 8)
+  float2* moments;
+  char* weights;                 // scale * ds, then p: (2, 2, 16, 8)
+  float* constants;              // (kPoolConstants, 16)
+  float *grad_sum, *weight_sum;  // (16) each
+  float2* token_sums;            // (4, 16): of four rows each, for the normalisation
+
+  __device__ BackwardShared(char* memory, int64_t warps, int warp) {
+    stack = memory + warp * 2 * kStackBytes;
+    partial = reinterpret_cast<float*>(memory + warps * 2 * kStackBytes);
+    moments = reinterpret_cast<float2*>(partial + warps * 2 * kScoreFloats);
+    weights = reinterpret_cast<char*>(moments + warps * kPoolTokens);
+    constants = reinterpret_cast<float*>(weights + 2 * kWeightBytes);
+    grad_sum = constants + kPoolConstants * kPoolRows;
+    weight_sum = grad_sum + kPoolRows;
+    token_sums = reinterpret_cast<float2*>(weight_sum + kPoolRows);
+  }
+  __device__ float constant(PoolConstant which, int row) const {
+    return constants[which * kPoolRows + row];
+  }
+};
+
+// The same number, of which the compiler does not know that it is the same in every step: what is
+// computed from it is computed anew instead of being kept in registers that the loop lacks.
+__device__ __forceinline__ int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Adds up four rows of both kinds of scores and makes p and scale * ds of them. What is summed up
+// of ds is rounded as the products see it, so that what remains of their sum is known exactly.
+template <typename S>
+__device__ void score_grads(const BackwardShared& s, int first_row, int lane, int warps,
+                            const PoolParams& p, uint32_t counts) {
+  const int row = first_row + lane / 8, token = lane % 8;
+  float score[2] = {0.0F, 0.0F}, other[2] = {0.0F, 0.0F};
+  const float* from = s.partial + score_index(row, token);
+#pragma unroll 4
+  for (int w = 0; w < warps; ++w, from += 2 * kScoreFloats) {
+    score[0] += from[0];
+    score[1] += from[kPoolRows * 8];
+    other[0] += from[kScoreFloats];
+    other[1] += from[kScoreFloats + kPoolRows * 8];
+  }
+  const auto scale = static_cast<float>(p.scale), log_scale = static_cast<float>(p.scale * kLog2E);
+  const float offset = s.constant(kScoreOffset, row) - s.constant(kShift, row);
+  const float grad_offset = s.constant(kGradOffset, row);
+  float grad_sum = 0.0F, weight_sum = 0.0F;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool is_there = (counts >> (token + 8 * i) & 1) != 0;
+    const float weight = is_there ? exp2f(score[i] * log_scale + offset) : 0.0F;
+    const S grad = from_compute<S>(is_there ? weight * (other[i] + grad_offset) * scale : 0.0F);
+    const uint32_t at = weight_offset(row, token + 8 * i);
+    *reinterpret_cast<S*>(s.weights + at) = grad;
+    *reinterpret_cast<S*>(s.weights + kWeightBytes + at) = from_compute<S>(weight);
+    const float rounded = to_compute(grad);
+    grad_sum += rounded;
+    weight_sum += weight;
+    if (p.norm == PoolNorm::kNone) continue;
+    float level = weight * s.constant(kGradMean, row) + rounded * s.constant(kQueryMean, row);
+    float along = (weight * other[i] + rounded * score[i]) / static_cast<float>(p.channels);
+#pragma unroll
+    for (int by = 8; by < 32; by *= 2) {
+      level += __shfl_xor_sync(kAllLanes, level, by);
+      along += __shfl_xor_sync(kAllLanes, along, by);
+    }
+    if (lane < 8) {
+      s.token_sums[first_row / 4 * kPoolTokens + token + 8 * i] = make_float2(level, along);
+    }
+  }
+  grad_sum = row_sum(grad_sum);
+  weight_sum = row_sum(weight_sum);
+  if (token != 0) return;
+  s.grad_sum[row] += grad_sum;
+  s.weight_sum[row] += weight_sum;
+}
+
+// dx of the tile's tokens: takes the place of the tile, then goes to memory. `inverse`: of token
+// lane % 16.
+template <typename S, typename Tiles>
+__device__ void token_grads(const PoolCall<S>& call, const BackwardShared& s, const Tiles& tiles,
+                            int64_t start, char* tile, uint32_t counts, float inverse, int rows,
+                            bool whole) {
+  constexpr int kSlab = kPoolBackwardSlab;
+  const int lane = forget(tiles.lane);
+  const MatrixLane left = pieces_first(lane), right = rows_first(lane);
+  const uint32_t rows_of_stack = lane_address<kSlab>(s.stack, right);
+  uint32_t weight[2][4];
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+    load_matrices_transposed(weight[kind], shared_address(s.weights) + kind * kWeightBytes +
+                                               weight_offset(left.row, 8 * left.piece));
+  }
+  float by[2], level[2] = {0.0F, 0.0F}, along[2] = {0.0F, 0.0F};
+  bool is_there[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int token = lane / 4 + 8 * half;
+    is_there[half] = (counts >> token & 1) != 0;
+    by[half] = __shfl_sync(kAllLanes, inverse, token);
+    for (int row = 0; row < rows && call.plan.normalised; row += 4) {
+      const float2 sums = s.token_sums[row / 4 * kPoolTokens + token];
+      level[half] += sums.x;
+      along[half] += sums.y;
+    }
+  }
+#pragma unroll 1
+  for (int j = 0; j < kSlab / 16; ++j) {
+    float d[2][4] = {};
+#pragma unroll
+    for (int kind = 0; kind < 2; ++kind) {
+      uint32_t stacked[4];
+      load_matrices_transposed(stacked, (rows_of_stack ^ 32 * j) + kind * kStackBytes);
+      multiply_add<S>(d[0], weight[kind], stacked[0], stacked[1]);
+      multiply_add<S>(d[1], weight[kind], stacked[2], stacked[3]);
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float a = d[part][2 * half], b = d[part][2 * half + 1];
+        auto* const at = reinterpret_cast<uint32_t*>(
+            tile + tile_offset<kSlab>(lane / 4 + 8 * half, 2 * j + part) + lane % 4 * 4);
+        if (call.plan.normalised) {
+          const float2 x = unpack_pair<S>(*at);
+          a = (a - level[half] - x.x * along[half]) * by[half];
+          b = (b - level[half] - x.y * along[half]) * by[half];
+        }
+        *at = is_there[half] ? pack_pair<S>(a, b) : 0U;
+      }
+    }
+  }
+  __syncwarp();
+  const Tensor3& dx = call.g.dx;
+  const int64_t channels = call.p().channels, c = tiles.channel + tiles.piece() * 8;
+#pragma unroll
+  for (int i = 0; i < kPoolTokens / Tiles::kTokensAtOnce; ++i) {
+    const int64_t n = start + tiles.token(i);
+    if (n >= tiles.place.last || c >= channels) continue;
+    const char* const from = tile + tile_offset<kSlab>(tiles.token(i), tiles.piece());
+    S* const to =
+        static_cast<S*>(dx.data) + tiles.place.b * dx.stride_b + n * dx.stride_n + c * dx.stride_c;
+    if (whole) {
+      store_piece(to, load_piece(from));
+    } else {
+      store_elements(to, dx.stride_c, from, channels - c);
+    }
+  }
+}
+
+// out += weights times the tile, a tensor-core product along the tokens.
+template <typename S>
+__device__ __forceinline__ void sum_tokens(const char* weights, const char* tile, int lane,
+                                           float (&out)[kPoolBackwardSlab / 8][4]) {
+  constexpr int kSlab = kPoolBackwardSlab;
+  const MatrixLane at = rows_first(lane);
+  uint32_t weight[4];
+  load_matrices(weight, shared_address(weights) + weight_offset(at.row, 8 * at.piece));
+  const uint32_t address = lane_address<kSlab>(tile, at);
+#pragma unroll
+  for (int j = 0; j < kSlab / 16; ++j) {
+    uint32_t x[4];
+    load_matrices_transposed(x, address ^ 32 * j);
+    multiply_add<S>(out[2 * j], weight, x[0], x[1]);
+    multiply_add<S>(out[2 * j + 1], weight, x[2], x[3]);
+  }
+}
+
+// The scores of one warp's channels: queries and gradients times the tile, to shared memory.
+template <typename S>
+__device__ __forceinline__ void partial_scores(const char* stack, const char* tile, int lane,
+                                               float* to) {
+  constexpr int kSlab = kPoolBackwardSlab;
+  const MatrixLane left = rows_first(lane), right = pieces_first(lane);
+  const uint32_t address = lane_address<kSlab>(tile, right);
+  const uint32_t queries = lane_address<kSlab>(stack, left);
+  float score[2][2][4] = {};
+#pragma unroll
+  for (int k = 0; k < kSlab / 16; ++k) {
+    uint32_t x[4];
+    load_matrices(x, address ^ 32 * k);
+#pragma unroll
+    for (int kind = 0; kind < 2; ++kind) {
+      uint32_t stacked[4];
+      load_matrices(stacked, (queries ^ 32 * k) + kind * kStackBytes);
+      multiply_add<S>(score[kind][0], stacked, x[0], x[1]);
+      multiply_add<S>(score[kind][1], stacked, x[2], x[3]);
+    }
+  }
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+    store_scores(score[kind][0], lane, 0, to + kind * kScoreFloats);
+    store_scores(score[kind][1], lane, 1, to + kind * kScoreFloats);
+  }
+}
+
+// Sums over tokens of one kind to scratch memory.
+template <typename S>
+__device__ void store_split(const PoolCall<S>& call, const PoolPlace& place, int kind, int rows,
+                            int64_t channel, int lane,
+                            const float (&out)[kPoolBackwardSlab / 8][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    if (row >= rows) continue;
+    float* const to = call.sums(place.b, place.split, row, kind);
+#pragma unroll
+    for (int j = 0; j < kPoolBackwardSlab / 8; ++j) {
+      store_sums(out[j][2 * half], out[j][2 * half + 1], channel + j * 8 + lane % 4 * 2,
+                 call.p().channels, to);
+    }
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(32 * kPoolBackwardWarps)
+    backward_tiles_kernel(const __grid_constant__ PoolCall<S> call, bool whole, bool whole_grads) {
+  constexpr int kSlab = kPoolBackwardSlab;
+  using Tiles = TokenTiles<S, kSlab>;
+  extern __shared__ __align__(256) char memory[];
+  const PoolPlan& plan = call.plan;
+  const PoolParams& p = call.p();
+  const PoolPlace place(plan, p.tokens);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  Tiles tiles{call, place, memory + warp * Tiles::kTileBytes, warp * kSlab, lane, warp, whole};
+  const BackwardShared s(memory + plan.stages * plan.warps * Tiles::kTileBytes, plan.warps, warp);
+  const int rows = static_cast<int>(plan.rows);
+  const bool tokens_too = call.g.dx.data != nullptr;
+
+  const S* const stack =
+      call.stack() + place.b * 2 * kPoolRows * plan.padded + tiles.channel + tiles.piece() * 8;
+#pragma unroll
+  for (int i = 0; i < 2 * kPoolRows / Tiles::kTokensAtOnce; ++i) {
+    copy_async(shared_address(s.stack) + tile_offset<kSlab>(tiles.token(i), tiles.piece()),
+               stack + tiles.token(i) * plan.padded, true);
+  }
+  copy_async_commit();
+  for (int i = 0; i < plan.stages - 1; ++i) tiles.fetch(i);
+  for (int i = static_cast<int>(threadIdx.x); i < kPoolConstants * kPoolRows; i += blockDim.x) {
+    const int row = i % kPoolRows;
+    const float* const from = call.constants() + (place.b * plan.rows + row) * kPoolConstants;
+    // Padding rows have nothing to attend to.
+    s.constants[i] = row < rows ? from[i / kPoolRows] : i / kPoolRows == kShift ? INFINITY : 0.0F;
+  }
+  if (threadIdx.x < kPoolRows) s.grad_sum[threadIdx.x] = s.weight_sum[threadIdx.x] = 0.0F;
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * kWeightBytes / 4; i += blockDim.x) {
+    reinterpret_cast<uint32_t*>(s.weights)[i] = 0;
+  }
+  __syncthreads();
+
+  float grad_sums[kSlab / 8][4] = {}, weight_sums[kSlab / 8][4] = {};
+  const int count = (place.last - place.first + kPoolTokens - 1) / kPoolTokens;
+  for (int i = 0; i < count; ++i) {
+    tiles.fetch(i + plan.stages - 1);
+    const uint32_t counts = tiles.wait();
+    char* const tile = tiles.stage(i);
+    const float inverse = plan.normalised ? tiles.normalise(tile, counts, s.moments) : 1.0F;
+    partial_scores<S>(s.stack, tile, forget(lane), s.partial + warp * 2 * kScoreFloats);
+    __syncthreads();
+    for (int row = 4 * warp; row < rows; row += 4 * plan.warps) {
+      score_grads<S>(s, row, forget(lane), plan.warps, p, counts);
+    }
+    __syncthreads();
+    sum_tokens<S>(s.weights, tile, forget(lane), grad_sums);
+    if (plan.weighted) {
+      sum_tokens<S>(s.weights + kWeightBytes, tile, forget(lane), weight_sums);
+    }
+    __syncwarp();
+    if (tokens_too) {
+      token_grads<S>(call, s, tiles, place.first + i * kPoolTokens, tile, counts, inverse, rows,
+                     whole_grads);
+    }
+    __syncwarp();  // the tile may be overwritten
+  }
+
+  copy_async_wait<0>();
+  __syncthreads();
+  store_split(call, place, 0, rows, tiles.channel, lane, grad_sums);
+  if (plan.weighted) store_split(call, place, 1, rows, tiles.channel, lane, weight_sums);
+  if (static_cast<int>(threadIdx.x) >= rows) return;
+  float* const stats = call.stats(place.b, place.split, threadIdx.x);
+  stats[0] = s.grad_sum[threadIdx.x];
+  stats[1] = s.weight_sum[threadIdx.x];
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cuda

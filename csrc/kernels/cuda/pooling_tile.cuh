@@ -1,0 +1,347 @@
+// Tiles of 16 tokens for the tensor-core kernels. A block has all rows of a group and all channels;
+// each of its warps has kSlab channels of every tile to itself: it fetches them, multiplies them
+// and lets go of them without waiting for the others. Only scores, which sum over all channels, and
+// the moments of a normalisation go through the block.
+#pragma once
+
+#include "mma.cuh"
+#include "pooling_common.cuh"
+
+namespace x_rope_cls::cuda {
+namespace {
+
+// The block's place in the call. Neighbours read the same tokens for other rows.
+// 32 bits are enough: the grid and the operators' checks see to it.
+struct PoolPlace {
+  int32_t group, split, b;
+  int32_t first, last;  // tokens
+
+  __device__ PoolPlace(const PoolPlan& plan, int64_t tokens) {
+    const auto groups = static_cast<uint32_t>(plan.groups);
+    const auto splits = static_cast<uint32_t>(plan.splits);
+    group = static_cast<int32_t>(blockIdx.x % groups);
+    split = static_cast<int32_t>(blockIdx.x / groups % splits);
+    b = static_cast<int32_t>(blockIdx.x / groups / splits);
+    const int64_t start = split * plan.split_tokens, end = start + plan.split_tokens;
+    first = static_cast<int32_t>(start);
+    last = static_cast<int32_t>(end < tokens ? end : tokens);
+  }
+};
+
+// 16 bytes at once: a struct of eight elements would be copied one by one.
+__device__ __forceinline__ uint4 load_piece(const void* from) {
+  return *static_cast<const uint4*>(from);
+}
+__device__ __forceinline__ void store_piece(void* to, const uint4& piece) {
+  *static_cast<uint4*>(to) = piece;
+}
+
+template <typename S>
+__device__ __forceinline__ float2 unpack_pair(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack_pair<bf16>(uint32_t pair) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack_pair<fp16>(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+// Elements of a piece to memory where it cannot be written whole: those below `count`.
+template <typename S>
+__device__ void store_elements(S* to, int64_t stride, const void* piece, int64_t count) {
+#pragma unroll 1
+  for (int e = 0; e < 8 && e < count; ++e) to[e * stride] = static_cast<const S*>(piece)[e];
+}
+
+template <typename S, int kSlab>
+struct TokenTiles {
+  static constexpr int kPieces = kSlab / 8;
+  static constexpr int kTokensAtOnce = 32 / kPieces;  // that a warp's lanes reach, a piece each
+  static constexpr int kTileBytes = kPoolTokens * kSlab * 2;
+
+  const PoolCall<S>& call;
+  const PoolPlace& place;
+  char* memory;  // stage 0 of this warp
+  int channel;
+  int lane, warp;
+  bool whole;
+  uint64_t pending = 0;  // bits of the tokens that count, of the tiles under way
+
+  __device__ char* stage(int i) const {
+    return memory + i % call.plan.stages * call.plan.warps * kTileBytes;
+  }
+  __device__ int piece() const { return lane % kPieces; }
+  __device__ int token(int i) const { return i * kTokensAtOnce + lane / kPieces; }
+
+  // Starts to fetch tile i; nothing where there is none. Tokens that do not count become zeros.
+  __device__ void fetch(int i) {
+    const int64_t start = place.first + static_cast<int64_t>(i) * kPoolTokens;
+    uint32_t counts = 0;
+    if (start < place.last) {
+      const bool mine = lane < kPoolTokens && start + lane < place.last;
+      counts = __ballot_sync(kAllLanes, mine && call.counts(place.b, start + lane));
+      fetch_tile(start, counts, stage(i));
+    }
+    copy_async_commit();
+    pending = pending << 16 | counts;
+  }
+
+  __device__ void fetch_tile(int64_t start, uint32_t counts, char* to) const {
+    const PoolParams& p = call.p();
+    const int64_t c = channel + piece() * 8;
+    if (!whole) {
+      fetch_elements(start, counts, to);
+      return;
+    }
+    const S* from = call.token(place.b, start + token(0)) + c;
+    if (c >= p.channels) counts = 0;
+#pragma unroll
+    for (int i = 0; i < kPoolTokens / kTokensAtOnce; ++i) {
+      const bool there = (counts >> token(i) & 1) != 0;
+      copy_async(shared_address(to) + tile_offset<kSlab>(token(i), piece()),
+                 there ? from : static_cast<const S*>(p.x.data), there);
+      from += kTokensAtOnce * p.x.stride_n;
+    }
+  }
+  __device__ void fetch_elements(int64_t start, uint32_t counts, char* to) const {
+    const PoolParams& p = call.p();
+    const int64_t c = channel + piece() * 8;
+#pragma unroll 1
+    for (int i = 0; i < kPoolTokens / kTokensAtOnce; ++i) {
+      const S* const from = call.token(place.b, start + token(i));
+      auto* const piece_to = reinterpret_cast<S*>(to + tile_offset<kSlab>(token(i), piece()));
+#pragma unroll 1
+      for (int e = 0; e < 8; ++e) {
+        const bool there = (counts >> token(i) & 1) != 0 && c + e < p.channels;
+        piece_to[e] = there ? from[(c + e) * p.x.stride_c] : from_compute<S>(0.0F);
+      }
+    }
+  }
+
+  // Waits for the oldest tile, of all lanes; returns which of its tokens count.
+  __device__ uint32_t wait() const {
+    const int stages = call.plan.stages;
+    if (stages == 3) {
+      copy_async_wait<2>();
+    } else if (stages == 2) {
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncwarp();
+    return static_cast<uint32_t>(pending >> (16 * (stages - 1))) & 0xffffU;
+  }
+
+  __device__ int64_t width(int w) const {
+    const int64_t left = call.p().channels - static_cast<int64_t>(w) * kSlab;
+    return left < kSlab ? left : kSlab;
+  }
+
+  // Normalises a tile in place, without weight and bias. Returns the inverse spread of token
+  // lane % 16, 0 where it does not count. Sums are around each warp's own mean, so that a large
+  // mean costs no accuracy. moments: (warps, 16).
+  __device__ float normalise(char* tile, uint32_t counts, float2* moments) const {
+    const bool centred = call.p().norm == PoolNorm::kLayer;
+    const int own = static_cast<int>(width(warp));
+#pragma unroll 1
+    for (int i = 0; i < kPoolTokens / kTokensAtOnce; ++i) {
+      const uint4 values = load_piece(tile + tile_offset<kSlab>(token(i), piece()));
+      const float2 x[4] = {unpack_pair<S>(values.x), unpack_pair<S>(values.y),
+                           unpack_pair<S>(values.z), unpack_pair<S>(values.w)};
+      float mean = 0.0F, squares = 0.0F;
+      if (centred) {
+#pragma unroll
+        for (const float2& pair : x) mean += pair.x + pair.y;
+        mean = slab_sum(mean) / static_cast<float>(own);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float left = x[e].x - mean, right = x[e].y - mean;
+        squares += piece() * 8 + 2 * e < own ? left * left : 0.0F;
+        squares += piece() * 8 + 2 * e + 1 < own ? right * right : 0.0F;
+      }
+      squares = slab_sum(squares);
+      if (piece() == 0) moments[warp * kPoolTokens + token(i)] = make_float2(mean, squares);
+    }
+    __syncthreads();
+    const int at = lane % kPoolTokens;
+    const auto channels = static_cast<float>(call.p().channels);
+    float mean = 0.0F, squares = 0.0F;
+    for (int w = 0; w < call.plan.warps && centred; ++w) {
+      mean += moments[w * kPoolTokens + at].x * (static_cast<float>(width(w)) / channels);
+    }
+    for (int w = 0; w < call.plan.warps; ++w) {
+      const float2 m = moments[w * kPoolTokens + at];
+      squares += m.y + (m.x - mean) * (m.x - mean) * static_cast<float>(width(w));
+    }
+    float inverse = 1.0F / sqrtf(squares / channels + static_cast<float>(call.p().norm_eps));
+    if ((counts >> at & 1) == 0) mean = inverse = 0.0F;
+#pragma unroll 1
+    for (int i = 0; i < kPoolTokens / kTokensAtOnce; ++i) {
+      char* const to = tile + tile_offset<kSlab>(token(i), piece());
+      const float from = __shfl_sync(kAllLanes, mean, token(i));
+      const float by = __shfl_sync(kAllLanes, inverse, token(i));
+      const auto normal = [&](uint32_t pair) {
+        const float2 x = unpack_pair<S>(pair);
+        return pack_pair<S>((x.x - from) * by, (x.y - from) * by);
+      };
+      const uint4 x = load_piece(to);
+      store_piece(to, make_uint4(normal(x.x), normal(x.y), normal(x.z), normal(x.w)));
+    }
+    __syncwarp();
+    return inverse;
+  }
+  __device__ float slab_sum(float x) const {
+#pragma unroll
+    for (int by = kPieces / 2; by > 0; by /= 2) x += __shfl_xor_sync(kAllLanes, x, by);
+    return x;
+  }
+};
+
+// Row and piece whose address a lane gives to ldmatrix for two by two 8x8 matrices: those of the
+// same pieces first (the left operand of an mma, and transposed the right one), or those of the
+// same rows first (the right operand, not transposed).
+struct MatrixLane {
+  int row, piece;
+};
+__device__ __forceinline__ MatrixLane rows_first(int lane) {
+  return {lane / 8 % 2 * 8 + lane % 8, lane / 16};
+}
+__device__ __forceinline__ MatrixLane pieces_first(int lane) {
+  return {lane / 16 * 8 + lane % 8, lane / 8 % 2};
+}
+
+// Where a lane's part of the first two pieces of a tile is; those of piece 2 k are at `^ 32 k`,
+// because the permutation is an exclusive or and tiles are aligned to their rows.
+template <int kSlab>
+__device__ __forceinline__ uint32_t lane_address(const char* tile, MatrixLane at) {
+  return shared_address(tile) + tile_offset<kSlab>(at.row, at.piece);
+}
+
+// Matrices of weights (16 rows, 16 tokens) lie one 8-token piece of all rows after the other.
+__device__ __forceinline__ uint32_t weight_offset(int row, int token) {
+  return static_cast<uint32_t>((token / 8 * kPoolRows + row) * 16 + token % 8 * 2);
+}
+// So do partial scores, in float32.
+__device__ __forceinline__ int score_index(int row, int token) {
+  return token / 8 * kPoolRows * 8 + row * 8 + token % 8;
+}
+
+// A 16x8 result of an mma to a warp's partial scores.
+__device__ __forceinline__ void store_scores(const float (&d)[4], int lane, int octet, float* to) {
+  const int at = score_index(lane / 4, octet * 8 + lane % 4 * 2);
+  *reinterpret_cast<float2*>(to + at) = make_float2(d[0], d[1]);
+  *reinterpret_cast<float2*>(to + at + 64) = make_float2(d[2], d[3]);
+}
+
+// Sums over tokens of one row, 8 channels a quad, to scratch memory.
+__device__ __forceinline__ void store_sums(float a, float b, int64_t c, int64_t channels,
+                                           float* to) {
+  if (channels % 2 == 0) {
+    if (c < channels) *reinterpret_cast<float2*>(to + c) = make_float2(a, b);
+    return;
+  }
+  if (c < channels) to[c] = a;
+  if (c + 1 < channels) to[c + 1] = b;
+}
+
+// Sum over the 8 lanes with the same row.
+__device__ __forceinline__ float row_sum(float x) {
+#pragma unroll
+  for (int by = 4; by > 0; by /= 2) x += __shfl_xor_sync(kAllLanes, x, by);
+  return x;
+}
+
+// Constants of a row.
+enum PoolConstant {
+  kScoreOffset,  // scale * <q, bias> in units of log2
+  kGradOffset,   // <g, bias> - <g, pooled> + grad_lse
+  kShift,        // logsumexp in units of log2, infinite where there is nothing to attend to
+  kQueryMean,    // mean over the channels of q * weight (LayerNorm)
+  kGradMean      // likewise of g
+};
+
+// Rows of queries (and gradients) times the weight of the normalisation, as tiles want them: dense,
+// padded with zeros. A warp a row of 16.
+template <typename S>
+__global__ void __launch_bounds__(kPoolThreads)
+    stack_rows_kernel(const __grid_constant__ PoolCall<S> call, int64_t batch, bool backward) {
+  const PoolParams& p = call.p();
+  const PoolPlan& plan = call.plan;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kPoolThreads / 32) + threadIdx.x / 32;
+  const int64_t padded_rows = plan.groups * kPoolRows;
+  if (index >= batch * padded_rows) return;
+  const int64_t b = index / padded_rows, r = index % padded_rows, lane = threadIdx.x % 32;
+  const bool there = r < plan.rows;
+  const int kinds = backward ? 2 : 1;
+  S* const to =
+      call.stack() +
+      ((b * plan.groups + r / kPoolRows) * kinds * kPoolRows + r % kPoolRows) * plan.padded;
+  S* const to_grad = to + kPoolRows * plan.padded;
+  float offset = 0.0F, grad_offset = 0.0F, mean = 0.0F, grad_mean = 0.0F;
+  for (int64_t c = lane; c < plan.padded; c += 32) {
+    const bool inside = there && c < p.channels;
+    const float query = inside ? call.query(b, r, c) : 0.0F;
+    const float weight = inside ? call.weight(c) : 0.0F, bias = inside ? call.bias(c) : 0.0F;
+    const S scaled = from_compute<S>(query * weight);
+    to[c] = scaled;
+    offset += query * bias;
+    mean += to_compute(scaled);
+    if (!backward) continue;
+    const float grad = inside ? call.grad(b, r, c) : 0.0F;
+    const S scaled_grad = from_compute<S>(grad * weight);
+    to_grad[c] = scaled_grad;
+    grad_offset += grad * bias - (inside ? grad * call.pooled(b, r, c) : 0.0F);
+    grad_mean += to_compute(scaled_grad);
+  }
+  offset = warp_sum(offset);
+  mean = warp_sum(mean);
+  grad_offset = warp_sum(grad_offset);
+  grad_mean = warp_sum(grad_mean);
+  if (lane != 0 || !there) return;
+  float* const constants = call.constants() + (b * plan.rows + r) * kPoolConstants;
+  constants[kScoreOffset] = offset * static_cast<float>(p.scale * kLog2E);
+  if (!backward) return;
+  const float per_channel =
+      p.norm == PoolNorm::kLayer ? 1.0F / static_cast<float>(p.channels) : 0.0F;
+  constants[kGradOffset] = grad_offset + call.lse_grad(b, r);
+  constants[kShift] = call.shift(b, r);
+  constants[kQueryMean] = mean * per_channel;
+  constants[kGradMean] = grad_mean * per_channel;
+}
+
+template <typename S>
+cudaError_t stack_rows(const PoolCall<S>& call, bool backward, cudaStream_t stream) {
+  const int64_t batch = backward ? call.p().batch : call.p().query_batch;
+  return launch_pool(stack_rows_kernel<S>,
+                     pool_ceil(batch * call.plan.groups * kPoolRows, kPoolThreads / 32),
+                     kPoolThreads, 0, stream, call, batch, backward);
+}
+
+// Whether pieces of 16 bytes can be read or written along the channels.
+template <typename S>
+bool has_whole_pieces(const Tensor3& t, int64_t channels) {
+  const auto fits = [](int64_t elements) {
+    return elements * static_cast<int64_t>(sizeof(S)) % 16 == 0;
+  };
+  return t.stride_c == 1 && fits(channels) && fits(t.stride_b) && fits(t.stride_n) &&
+         reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+}
+
+// Launches a kernel that may need more shared memory than every kernel may have.
+template <typename Kernel, typename Call, typename... More>
+cudaError_t launch_tiles(Kernel* kernel, const Call& call, cudaStream_t stream,
+                         const More&... more) {
+  const PoolPlan& plan = call.plan;
+  if (plan.shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  return launch_pool(kernel, call.p().batch * plan.splits * plan.groups, 32 * plan.warps,
+                     plan.shared_bytes, stream, call, more...);
+}
+
+}  // namespace
+}  // namespace x_rope_cls::cuda
