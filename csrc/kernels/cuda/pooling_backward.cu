@@ -17,19 +17,27 @@ template <typename S>
 __global__ void __launch_bounds__(kPoolThreads)
     merge_grads_kernel(const __grid_constant__ PoolCall<S> call, uint32_t pieces) {
   using T = Compute<S>;
+  __shared__ T memory[kPoolThreads];
   const PoolParams& p = call.p();
   const int64_t row = blockIdx.x / pieces;
   const int64_t c = static_cast<int64_t>(blockIdx.x % pieces) * kPoolThreads + threadIdx.x;
-  if (c >= p.channels) return;
   const int64_t b = row / call.plan.rows, r = row % call.plan.rows;
-  T grads{0}, weights{0}, sum{0}, other{0};
+  const T* const stats = call.stats(b, 0, r);
+  T grads{0}, weights{0};
+  for (int64_t s = threadIdx.x; s < call.plan.splits; s += kPoolThreads) {
+    grads += stats[2 * s];
+    weights += stats[2 * s + 1];
+  }
+  grads = block_sum(grads, memory);
+  weights = block_sum(weights, memory);
+  const T exact = block_sum(threadIdx.x == 0 ? call.lse_grad(b, r) : T{0}, memory) * weights *
+                  static_cast<T>(p.scale);
+  if (c >= p.channels) return;
+  T sum{0}, other{0};
   for (int64_t s = 0; s < call.plan.splits; ++s) {
-    grads += call.stats(b, s, r)[0];
-    weights += call.stats(b, s, r)[1];
     sum += call.sums(b, s, r, 0)[c];
     if (call.plan.weighted) other += call.sums(b, s, r, 1)[c];
   }
-  const T exact = weights * call.lse_grad(b, r) * static_cast<T>(p.scale);
   const T excess = grads - exact;
   const T dquery = sum * call.weight(c) + grads * call.bias(c) - excess * call.pooled(b, r, c);
   call.merged(0, b, r)[c] = dquery;

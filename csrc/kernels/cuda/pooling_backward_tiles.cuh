@@ -24,7 +24,7 @@ struct BackwardShared {
   float* partial;  // (warps, 2, 2, 16, 8)
   float2* moments;
   char* weights;                 // scale * ds, then p: (2, 2, 16, 8)
-  float* constants;              // (kPoolConstants, 16)
+  float* constants;              // (16, kPoolConstants)
   float *grad_sum, *weight_sum;  // (16) each
   float2* token_sums;            // (4, 16): of four rows each, for the normalisation
 
@@ -39,7 +39,7 @@ struct BackwardShared {
     token_sums = reinterpret_cast<float2*>(weight_sum + kPoolRows);
   }
   __device__ float constant(PoolConstant which, int row) const {
-    return constants[which * kPoolRows + row];
+    return constants[row * kPoolConstants + which];
   }
 };
 
@@ -260,11 +260,12 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   }
   copy_async_commit();
   for (int i = 0; i < plan.stages - 1; ++i) tiles.fetch(i);
+  const float* const constants = call.constants() + place.b * plan.rows * kPoolConstants;
   for (int i = static_cast<int>(threadIdx.x); i < kPoolConstants * kPoolRows; i += blockDim.x) {
-    const int row = i % kPoolRows;
-    const float* const from = call.constants() + (place.b * plan.rows + row) * kPoolConstants;
+    const int row = i / kPoolConstants, which = i % kPoolConstants;
     // Padding rows have nothing to attend to.
-    s.constants[i] = row < rows ? from[i / kPoolRows] : i / kPoolRows == kShift ? INFINITY : 0.0F;
+    const float padding = which == kShift ? INFINITY : 0.0F;
+    s.constants[i] = row < rows && which <= kGradMean ? constants[i] : padding;
   }
   if (threadIdx.x < kPoolRows) s.grad_sum[threadIdx.x] = s.weight_sum[threadIdx.x] = 0.0F;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kWeightBytes / 4; i += blockDim.x) {
@@ -275,6 +276,7 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   float grad_sums[kSlab / 8][4] = {}, weight_sums[kSlab / 8][4] = {};
   const int count = (place.last - place.first + kPoolTokens - 1) / kPoolTokens;
   for (int i = 0; i < count; ++i) {
+    tiles.lane = forget(lane);
     tiles.fetch(i + plan.stages - 1);
     const uint32_t counts = tiles.wait();
     char* const tile = tiles.stage(i);

@@ -36,7 +36,7 @@ struct PoolCall {
   // Forward: maximum (in units of log2) and sum of the weights. Backward: sums of scale * ds and p.
   __device__ T* stats(int64_t b, int64_t split, int64_t row) const {
     return reinterpret_cast<T*>(memory + plan.stats) +
-           ((b * plan.splits + split) * plan.rows + row) * 2;
+           ((b * plan.rows + row) * plan.splits + split) * 2;
   }
   // What a row of batch b adds to the gradients of query (0), weight (1) and bias (2).
   __device__ T* merged(int64_t what, int64_t b, int64_t row) const {

@@ -13,22 +13,25 @@ __global__ void __launch_bounds__(kPoolThreads)
     merge_kernel(const __grid_constant__ PoolCall<S> call) {
   using T = Compute<S>;
   __shared__ T factors[kPoolMostSplits];
+  __shared__ T memory[kPoolThreads];
   const PoolParams& p = call.p();
   const int64_t b = blockIdx.x / call.plan.rows, r = blockIdx.x % call.plan.rows;
   const int64_t splits = call.plan.splits;
+  const T* const stats = call.stats(b, 0, r);
   T largest = -static_cast<T>(INFINITY);
-  for (int64_t s = 0; s < splits; ++s) largest = larger(largest, call.stats(b, s, r)[0]);
-  const T shift = largest == -static_cast<T>(INFINITY) ? T{0} : largest;
   for (int64_t s = threadIdx.x; s < splits; s += kPoolThreads) {
-    factors[s] = power_of_two(call.stats(b, s, r)[0] - shift);
+    largest = larger(largest, stats[2 * s]);
   }
-  __syncthreads();
+  largest = block_combine(largest, memory, [](T x, T y) { return larger(x, y); });
+  const T shift = largest == -static_cast<T>(INFINITY) ? T{0} : largest;
   T sum{0};
-  for (int64_t s = 0; s < splits; ++s) sum += factors[s] * call.stats(b, s, r)[1];
-  const bool none = sum == T{0};
-  if (threadIdx.x == 0) {
-    static_cast<T*>(p.lse)[blockIdx.x] = log_sum(largest, sum);
+  for (int64_t s = threadIdx.x; s < splits; s += kPoolThreads) {
+    factors[s] = power_of_two(stats[2 * s] - shift);
+    sum += factors[s] * stats[2 * s + 1];
   }
+  sum = block_sum(sum, memory);
+  const bool none = sum == T{0};
+  if (threadIdx.x == 0) static_cast<T*>(p.lse)[blockIdx.x] = log_sum(largest, sum);
   S* const to = static_cast<S*>(p.pooled) + static_cast<int64_t>(blockIdx.x) * p.channels;
   for (int64_t c = threadIdx.x; c < p.channels; c += kPoolThreads) {
     T value{0};

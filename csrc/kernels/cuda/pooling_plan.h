@@ -42,7 +42,7 @@ struct PoolPlan {
   int64_t stack;      // (batch, groups, 1 or 2, 16, padded), dtype: rows of queries and gradients
   int64_t constants;  // (batch, rows, kPoolConstants)
   int64_t sums;       // (batch, splits, rows, kinds, channels)
-  int64_t stats;      // (batch, splits, rows, 2)
+  int64_t stats;      // (batch, rows, splits, 2)
   int64_t merged;     // (3, batch, rows, channels)
   int64_t bytes;
 };

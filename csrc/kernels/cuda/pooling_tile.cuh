@@ -228,11 +228,17 @@ __device__ __forceinline__ int score_index(int row, int token) {
   return token / 8 * kPoolRows * 8 + row * 8 + token % 8;
 }
 
+// 8 bytes in one instruction; the compiler may make two of them, which conflict.
+__device__ __forceinline__ void store_shared_pair(float* to, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(to)), "f"(a), "f"(b)
+               : "memory");
+}
+
 // A 16x8 result of an mma to a warp's partial scores.
 __device__ __forceinline__ void store_scores(const float (&d)[4], int lane, int octet, float* to) {
   const int at = score_index(lane / 4, octet * 8 + lane % 4 * 2);
-  *reinterpret_cast<float2*>(to + at) = make_float2(d[0], d[1]);
-  *reinterpret_cast<float2*>(to + at + 64) = make_float2(d[2], d[3]);
+  store_shared_pair(to + at, d[0], d[1]);
+  store_shared_pair(to + at + 64, d[2], d[3]);
 }
 
 // Sums over tokens of one row, 8 channels a quad, to scratch memory.
