@@ -39,8 +39,10 @@ struct ForwardShape {
 // memory feeds two products; 32 rows * 256 channels of sums would not fit the registers, so there
 // 8 warps have one row tile each, and tiles of 32 keys let a block fit the 99 KB of sm_86 and
 // sm_89. Eight warps a multiprocessor, as FlashAttention-2 has, or more.
-constexpr ForwardShape forward_shape(int32_t dim, bool wide) {
+// With biases or dropout, 96 channels leave no registers for the scores of 64 keys.
+constexpr ForwardShape forward_shape(int32_t dim, bool wide, bool general) {
   if (!wide) return {4, 1, kFewRows, 64, 64, 16};
+  if ((dim == 96 || dim == 128) && general) return {4, 2, 128, 32, 16, 32};
   return dim <= 128 ? ForwardShape{4, 2, 128, 64, 16, 64} : ForwardShape{8, 1, 128, 32, 16, 32};
 }
 
@@ -49,8 +51,8 @@ constexpr ForwardShape forward_shape(int32_t dim, bool wide) {
 constexpr int32_t kMergePadding = 8;
 
 // Queries, one tile of keys and one of values; the merge of a narrow block reuses the latter two.
-constexpr int32_t forward_shared_bytes(int32_t dim, bool wide) {
-  const ForwardShape s = forward_shape(dim, wide);
+constexpr int32_t forward_shared_bytes(int32_t dim, bool wide, bool general) {
+  const ForwardShape s = forward_shape(dim, wide, general);
   const int32_t queries = s.rows * dim * 2;
   const int32_t tiles = 2 * s.keys * dim * 2;
   const int32_t merge = wide ? 0 : s.warps * s.rows * (dim + kMergePadding + 2) * 4;

@@ -30,15 +30,16 @@ __device__ __forceinline__ float power_of_two(float x) {
 // places (gathered: false) or looked up by the token at a place.
 struct TileRows {
   const void* data;
-  int64_t stride_b, stride_h, stride_n;
-  int32_t pieces;  // 16-byte pieces that a row has; those beyond are zeros
+  int64_t stride_b, stride_h;
+  int32_t stride_n;  // rows farther apart than that are packed
+  int32_t pieces;    // 16-byte pieces that a row has; those beyond are zeros
   bool gathered;
 };
 
 // Starts copies of rows at places first ... first + count - 1 to a tile; zeros elsewhere. `tokens`:
 // the token at each place; null: place i is row i. count is at least 1.
 template <typename T, int kDim, int kRows, int kThreads>
-__device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int64_t stride_n,
+__device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t stride_n,
                                           const int32_t* tokens, int32_t first, int32_t count,
                                           int32_t pieces) {
   constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
@@ -51,7 +52,7 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int64_t st
     const bool valid = row < count;
     const int32_t place = first + (valid ? row : 0);
     const int32_t token = tokens == nullptr ? place : tokens[place];
-    const T* const from = rows + token * stride_n;
+    const T* const from = rows + static_cast<int64_t>(token) * stride_n;
 #pragma unroll
     for (int j = 0; j < kDim / 8 / kLanes; ++j) {
       const int piece = lane + j * kLanes;
@@ -61,17 +62,28 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int64_t st
   }
 }
 
-// Address that lane `lane` gives to ldmatrix for a fragment of a 16 (rows) x 16 (channels) block.
-// As the left operand, rows are the product's rows; as the right one, its columns.
+// Offset of piece 2 * step + second of a row: tile_offset with what does not depend on the lane
+// taken out of the permutation, so that steps 64 channels apart share a register.
+template <int kDim>
+__device__ __forceinline__ uint32_t fragment_offset(int row, int second, int step) {
+  constexpr int kPermuted = kDim % 64 == 0 ? 8 : 4;  // pieces within which rows are permuted
+  const int piece = 2 * step % kPermuted;
+  const int by = (kDim % 64 == 0 ? row & 7 : (row >> 1) & 3) ^ second;
+  return static_cast<uint32_t>(row * kDim * 2 + (piece ^ by) * 16 + (2 * step - piece) * 16);
+}
+
+// The address that a lane gives to ldmatrix for a block of 16 rows and 16 channels. As the left
+// operand, rows are the product's rows; as the right one, its columns.
 template <int kDim>
 __device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  return tile + tile_offset<kDim>(row + lane % 16, 2 * step + lane / 16);
+  return tile + row * kDim * 2 + fragment_offset<kDim>(lane % 16, lane / 16, step);
 }
 template <int kDim>
 __device__ __forceinline__ uint32_t right_address(uint32_t tile, int row, int step) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  return tile + tile_offset<kDim>(row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2);
+  return tile + row * kDim * 2 +
+         fragment_offset<kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2, step);
 }
 
 // The bias in units of log2, finite where it was: the most negative floats, often used as a mask,

@@ -65,13 +65,15 @@ PackParams key_packing(const AttentionParams& p) {
   return packing(p, p.k, p.key_heads, p.keys, p.head_dim);
 }
 
+bool is_general(const AttentionParams& p) { return p.bias != nullptr || p.dropout_p > 0; }
+
 void add_launch(const AttentionParams& p, const Device& device, bool wide, int64_t group,
                 bool ordinary, int64_t special_above, int64_t special_up_to, Plan& plan) {
   Launch l{};
   l.wide = wide;
-  const ForwardShape shape = forward_shape(plan.dim, wide);
+  const ForwardShape shape = forward_shape(plan.dim, wide, is_general(p));
   RowSet& rows = l.rows;
-  rows.heads = p.heads;
+  rows.heads = static_cast<int32_t>(p.heads);
   rows.group = static_cast<int32_t>(group);
   rows.tile_rows = shape.rows;
   rows.ordinary = ordinary;
@@ -119,8 +121,8 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
   if (nothing_to_do(p)) return plan;
   const bool half = element_bytes(p.dtype) == 2;
   plan.dim = half ? native_dim(p.head_dim, p.value_dim) : 0;
-  if (plan.dim != 0 && (forward_shared_bytes(plan.dim, true) > device.shared_per_block ||
-                        forward_shared_bytes(plan.dim, false) > device.shared_per_block)) {
+  if (plan.dim != 0 && (forward_shared_bytes(plan.dim, true, false) > device.shared_per_block ||
+                        forward_shared_bytes(plan.dim, false, true) > device.shared_per_block)) {
     plan.dim = 0;
   }
   if (orders_keys(p)) plan.key_order = plan.take(order_bytes(p.batch, p.keys));
@@ -177,12 +179,14 @@ cudaError_t pack(const Call& c, PackParams k, int64_t offset, const TokenOrder& 
 TileRows tile_rows(const Call& c, const Tensor4& x, const PackParams& k, int64_t offset) {
   const int32_t pieces = static_cast<int32_t>(k.padded_dim / 8);
   if (offset < 0) {
-    return {x.data, x.stride_b, x.stride_h, x.stride_n, pieces, c.keys.tokens != nullptr};
+    return {x.data,     x.stride_b,
+            x.stride_h, static_cast<int32_t>(x.stride_n),
+            pieces,     c.keys.tokens != nullptr};
   }
   return {c.at(offset),
           k.heads * k.tokens * k.padded_dim,
           k.tokens * k.padded_dim,
-          k.padded_dim,
+          static_cast<int32_t>(k.padded_dim),
           pieces,
           false};
 }
@@ -222,7 +226,7 @@ ForwardArgs make_args(const Call& c) {
 template <typename T, int kDim, bool kWide, bool kGeneral>
 cudaError_t launch_kernel(const ForwardArgs& args, int64_t grid, cudaStream_t stream) {
   const auto kernel = attention_forward_kernel<T, kDim, kWide, kGeneral>;
-  constexpr int kBytes = forward_shared_bytes(kDim, kWide);
+  constexpr int kBytes = forward_shared_bytes(kDim, kWide, kGeneral);
   if (kBytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
@@ -311,7 +315,7 @@ cudaError_t forward_half(const Call& c) {
 
 cudaError_t forward_plain(const Call& c) {
   const AttentionParams& p = c.p;
-  PlainArgs args{p, c.keys, {}, {}, 1};
+  PlainArgs args{p, c.keys, {}, {}, 1, p.dropout_p > 0 ? dropout_kept(p.dropout_p) : 1.0};
   if (p.has_rotary) {
     PackParams keys = key_packing(p);
     PackParams queries = packing(p, p.q, p.heads, p.queries, p.head_dim);

@@ -47,7 +47,7 @@ struct ForwardKernel {
   static constexpr int kDim = kDim_;
   static constexpr bool kWide = kWide_;
   static constexpr bool kGeneral = kGeneral_;  // biases and dropout
-  static constexpr ForwardShape kShape = forward_shape(kDim, kWide);
+  static constexpr ForwardShape kShape = forward_shape(kDim, kWide, kGeneral);
   static constexpr int kThreads = kShape.warps * kWarpSize;
   static constexpr int kRowTiles = kShape.row_tiles;
   static constexpr int kKeys = kShape.keys;
@@ -62,23 +62,22 @@ struct ForwardKernel {
 
   const ForwardArgs& args;
   const RowTile tile;
-  uint64_t seed;
   uint32_t queries, keys, values;  // shared memory
   int lane, warp_row, warp_key;    // first row of the warp; first key of a tile
 
   __device__ __forceinline__ ForwardKernel(const ForwardArgs& args, const RowTile& tile,
                                            uint32_t shared)
-      : args(args), tile(tile), seed(0), queries(shared) {
+      : args(args), tile(tile), queries(shared) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     lane = static_cast<int>(threadIdx.x) % kWarpSize;
     keys = shared + kShape.rows * kDim * 2;
     values = keys + kKeys * kDim * 2;
     warp_row = kWide ? warp * kRowTiles * 16 : 0;
     warp_key = kWide ? 0 : warp * kShape.warp_keys;
-    if (kGeneral && args.dropout.seed != nullptr) seed = static_cast<uint64_t>(*args.dropout.seed);
   }
 
-  // All rows of the block to shared memory, rotated or not.
+  // All rows of the block to shared memory. kRotated: rotated where `rotated` says so.
+  template <bool kRotated>
   __device__ __forceinline__ void load_queries(bool rotated) const {
     constexpr int kPieces = kDim / 8;
 #pragma unroll 1
@@ -88,12 +87,18 @@ struct ForwardKernel {
       uint32_t packed[4] = {0, 0, 0, 0};
       if (row < tile.rows && piece * 8 < args.head_dim) {
         const RowPlace at = place_of(args.rows, tile, row);
-        const bool turned = rotated && (!args.by_token || has_position(args.table_q, tile.b, at.n));
-        const auto angles = angles_of<float>(args.table_q, tile.b, at.h, at.n, args.pairs,
-                                             args.interleaved, turned);
+        const Row<T> from = row_of<T>(args.q, tile.b, at.h, at.n, args.head_dim, args.q_whole);
         float x[8];
-        load_rotated_piece(row_of<T>(args.q, tile.b, at.h, at.n, args.head_dim, args.q_whole),
-                           angles, piece * 8, x);
+        if constexpr (kRotated) {
+          const bool turned =
+              rotated && (!args.by_token || has_position(args.table_q, tile.b, at.n));
+          load_rotated_piece(from,
+                             angles_of<float>(args.table_q, tile.b, at.h, at.n, args.pairs,
+                                              args.interleaved, turned),
+                             piece * 8, x);
+        } else {
+          load_piece(from, piece * 8, x);
+        }
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           packed[j] = pack_pair<T>(x[2 * j] * args.query_factor, x[2 * j + 1] * args.query_factor);
@@ -180,6 +185,7 @@ struct ForwardKernel {
   template <int kColumns>
   __device__ __forceinline__ void drop(const int32_t* tokens, int32_t first, int32_t count,
                                        float (&s)[kRowTiles][kColumns][4]) const {
+    const auto seed = static_cast<uint64_t>(*args.dropout.seed);
     const Dropout dropout{seed, args.dropout.threshold, args.dropout.kept};
     // Where keys are in natural order and the tile has 64, key m and m + 32 share their numbers.
     const bool shared = kColumns == 8 && tokens == nullptr && first % 64 == 0;
@@ -190,7 +196,7 @@ struct ForwardKernel {
         const int row = row_of_half(m, half);
         if (row >= tile.rows) continue;
         const RowPlace at = place_of(args.rows, tile, row);
-        const int64_t head = tile.b * args.rows.heads + at.h;
+        const int64_t head = static_cast<int64_t>(tile.b) * args.rows.heads + at.h;
         uint32_t kept = 0;
 #pragma unroll 1
         for (int i = 0; i < (shared ? kColumns : 2 * kColumns); ++i) {
@@ -318,7 +324,7 @@ struct ForwardKernel {
                                          State& state) const {
     if (first >= last) return;
     constexpr int kColumns = kWide ? kTile / 8 : 2;
-    const int64_t key_head = tile.unit_head / args.key_group;
+    const int32_t key_head = tile.unit_head / args.key_group;
     const T* const k =
         static_cast<const T*>(from.data) + tile.b * from.stride_b + key_head * from.stride_h;
     const TileRows& vr = args.value_rows;
@@ -358,6 +364,7 @@ struct ForwardKernel {
 
   // Part `part` of the keys for all rows.
   __device__ __forceinline__ void run(int32_t part, State& state) const {
+    load_queries<true>(args.has_rotary && !tile.special);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -377,12 +384,11 @@ struct ForwardKernel {
     const int32_t tiles = (in_parts + kKeys - 1) / kKeys;
     const int32_t each = (tiles + args.partial.parts - 1) / args.partial.parts * kKeys;
     const int32_t first = min(in_parts, part * each);
-    load_queries(args.has_rotary && !tile.special);
     attend<kKeys>(tile.special ? args.raw_key_rows : args.key_rows, first,
                   min(in_parts, first + each), state);
     if (tile.special || with == all || part + 1 < args.partial.parts) return;
     __syncthreads();
-    load_queries(false);
+    load_queries<false>(false);
     attend<kShape.special_keys>(args.key_rows, with, all, state);
   }
 
@@ -409,7 +415,8 @@ struct ForwardKernel {
       args.partial.lse[slot] = lse2;
     } else {
       const RowPlace at = place_of(args.rows, tile, row);
-      args.lse[(tile.b * args.rows.heads + at.h) * args.queries + at.n] = lse2 * kLn2;
+      args.lse[(static_cast<int64_t>(tile.b) * args.rows.heads + at.h) * args.queries + at.n] =
+          lse2 * kLn2;
     }
   }
   __device__ __forceinline__ T* out_row(int row) const {
@@ -422,6 +429,7 @@ struct ForwardKernel {
   // own queries, which nobody else reads), so that memory is written in pieces of 16 bytes.
   __device__ __forceinline__ void store_wide(int64_t slot, State& state) const {
     join_sums(state);
+    __syncthreads();  // without keys nobody has waited for those who loaded the queries
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -546,23 +554,28 @@ struct ForwardKernel {
   }
 };
 
+// Of the block's rows among the partial sums.
+__device__ __forceinline__ int64_t first_slot(const ForwardArgs& args) {
+  const int32_t part = static_cast<int32_t>(blockIdx.x) % args.partial.parts;
+  const int32_t index = static_cast<int32_t>(blockIdx.x) / args.partial.parts;
+  const int64_t unit = index / args.rows.tiles;
+  return (unit * args.partial.parts + part) * args.partial.slots +
+         index % args.rows.tiles * args.rows.tile_rows;
+}
+
 template <typename T, int kDim, bool kWide, bool kGeneral>
 __global__ void __launch_bounds__(ForwardKernel<T, kDim, kWide, kGeneral>::kThreads,
                                   kDim <= 128 ? 2 : 1)
     attention_forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Kernel = ForwardKernel<T, kDim, kWide, kGeneral>;
   extern __shared__ __align__(128) char shared[];
-  const int32_t part = static_cast<int32_t>(blockIdx.x % args.partial.parts);
-  const int32_t index = static_cast<int32_t>(blockIdx.x / args.partial.parts);
-  const int64_t unit = index / args.rows.tiles;
-  const int32_t tile = index % args.rows.tiles;
-  const RowTile rows = find_tile(args.rows, unit, tile);
+  const int32_t index = static_cast<int32_t>(blockIdx.x) / args.partial.parts;
+  const RowTile rows = find_tile(args.rows, index / args.rows.tiles, index % args.rows.tiles);
   if (rows.rows == 0) return;
   const Kernel kernel(args, rows, shared_address(shared));
   typename Kernel::State state;
-  kernel.run(part, state);
-  const int64_t slot = (unit * args.partial.parts + part) * args.partial.slots +
-                       static_cast<int64_t>(tile) * args.rows.tile_rows;
+  kernel.run(static_cast<int32_t>(blockIdx.x) % args.partial.parts, state);
+  const int64_t slot = first_slot(args);
   if constexpr (kWide) {
     kernel.store_wide(slot, state);
   } else {

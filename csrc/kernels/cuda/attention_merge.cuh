@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
   const int64_t unit = index / args.partial.slots;
   const int32_t slot = static_cast<int32_t>(index % args.partial.slots);
   if (unit >= args.units) return;
-  const RowTile tile = find_tile(args.rows, unit, slot / args.rows.tile_rows);
+  const RowTile tile = find_tile(args.rows, static_cast<int32_t>(unit), slot / args.rows.tile_rows);
   const int32_t row = slot % args.rows.tile_rows;
   if (row >= tile.rows) return;
   const int32_t parts = args.partial.parts;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize)
 
   const RowPlace at = place_of(args.rows, tile, row);
   if (lane == 0) {
-    args.lse[(tile.b * args.rows.heads + at.h) * args.queries + at.n] =
+    args.lse[(static_cast<int64_t>(tile.b) * args.rows.heads + at.h) * args.queries + at.n] =
         sum == 0.0f ? negative_infinity() : (shift + log2f(sum)) * kLn2;
   }
   T* const to = static_cast<T*>(args.out.data) + tile.b * args.out.stride_b +

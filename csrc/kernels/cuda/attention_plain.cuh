@@ -16,6 +16,7 @@ struct PlainArgs {
   TokenOrder keys;
   Tensor4 q_turned, k_turned;  // rotated: by query; by place of the keys
   int32_t value_blocks;
+  double kept;  // factor of the weights that dropout keeps
 };
 
 template <typename C>
@@ -138,8 +139,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     __syncthreads();
   }
 
-  const double kept = p.dropout_p < 1.0 ? 1.0 / (1.0 - p.dropout_p) : 0.0;
-  const C inverse = sum == C{0} ? C{0} : static_cast<C>(drops ? kept : 1.0) / sum;
+  const C inverse = sum == C{0} ? C{0} : static_cast<C>(args.kept) / sum;
 #pragma unroll
   for (int i = 0; i < kPlainChannels; ++i) {
     const int64_t c =

@@ -13,7 +13,7 @@ namespace x_rope_cls::cuda {
 // with a position fill whole tiles, then those without do: no tile is mixed.
 struct RowSet {
   TokenOrder order;  // of the queries
-  int64_t heads;
+  int32_t heads;
   int32_t group;
   int32_t tile_rows;
   int32_t tiles;          // of a unit, enough for any split
@@ -24,15 +24,15 @@ struct RowSet {
 
 // One tile. The rows' query places are first / group and on.
 struct RowTile {
-  int64_t b, unit_head;  // heads unit_head * group ... + group - 1
+  int32_t b, unit_head;  // heads unit_head * group ... + group - 1
   int32_t first;         // row of the unit
   int32_t rows;          // 0: the tile is not needed
   bool special;
 };
 
-__device__ __forceinline__ RowTile find_tile(const RowSet& set, int64_t unit, int32_t tile) {
+__device__ __forceinline__ RowTile find_tile(const RowSet& set, int32_t unit, int32_t tile) {
   RowTile t{};
-  const int64_t units = set.heads / set.group;
+  const int32_t units = set.heads / set.group;
   t.b = unit / units;
   t.unit_head = unit % units;
   const int32_t with = set.order.with_position(t.b);
@@ -54,8 +54,7 @@ __device__ __forceinline__ RowTile find_tile(const RowSet& set, int64_t unit, in
 
 // Query and head of row `row` of the tile.
 struct RowPlace {
-  int64_t h;
-  int32_t n;
+  int32_t h, n;
 };
 __device__ __forceinline__ RowPlace place_of(const RowSet& set, const RowTile& tile, int32_t row) {
   const int32_t r = tile.first + row;
