@@ -25,12 +25,26 @@ struct Case {
   RotaryTensors rotary_q, rotary_k;
 
  private:
-  int64_t length() { return random.chance(0.1) ? random.integer(100, 600) : random.integer(0, 70); }
+  // Tensors whose rows are whole pieces of 16 bytes, in sizes around the tiles of the kernels.
+  bool aligned = false;
+  Tensor holding(DType type, naive::Array& values) {
+    return aligned ? Tensor::holding(type, values) : Tensor::holding(random, type, values);
+  }
+  int64_t length() {
+    if (aligned) {
+      return random.one_of<int64_t>({1, 16, 17, 63, 64, 65, 127, 128, 129, 144, 192, 255, 257});
+    }
+    return any_length();
+  }
+  int64_t any_length() {
+    return random.chance(0.1) ? random.integer(100, 600) : random.integer(0, 70);
+  }
   void make_mask_and_bias();
 };
 
 Case::Case(uint64_t seed) : random(seed) {
   dtype = random.one_of({DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
+  aligned = random.chance(0.15);
   batch = random.integer(random.chance(0.1) ? 0 : 1, 2);
   key_heads = random.integer(1, 2);
   heads = key_heads * random.integer(1, 3);
@@ -38,21 +52,27 @@ Case::Case(uint64_t seed) : random(seed) {
   keys = random.chance(0.5) ? queries : length();
   head_dim = random.integer(1, 72);
   value_dim = random.chance(0.5) ? head_dim : random.integer(1, 72);
+  if (aligned) {
+    head_dim = random.one_of<int64_t>({32, 64, 80, 96, 128, 160, 256});
+    value_dim = random.chance(0.8) ? head_dim : random.one_of<int64_t>({32, 64, 128, 264});
+  }
   a.has_rotary = head_dim >= 2 && random.chance(0.9);
   pairs = a.has_rotary ? random.integer(1, head_dim / 2) : 0;
   a.mode = random.one_of(
       {naive::Mode::kRotate, naive::Mode::kSkip, naive::Mode::kMask, naive::Mode::kMask});
   a.interleaved = random.chance(0.5);
-  a.scale = random.chance(0.8) ? 1.0 / std::sqrt(static_cast<double>(head_dim)) : 0.3;
+  a.scale = random.chance(0.8) ? 1.0 / std::sqrt(static_cast<double>(head_dim))
+                               : random.one_of({0.3, -0.2, 0.0});
   a.dropout_p = random.chance(0.3) ? random.one_of({0.1, 0.5}) : 0.0;
   a.seed = static_cast<uint64_t>(random.integer(0, std::numeric_limits<int64_t>::max()));
   a.q = random.normal_array(batch, heads, queries, head_dim);
   a.k = random.normal_array(batch, key_heads, keys, head_dim);
   a.v = random.normal_array(batch, key_heads, keys, value_dim);
-  q = Tensor::holding(random, dtype, a.q);
-  k = Tensor::holding(random, dtype, a.k);
-  v = Tensor::holding(random, dtype, a.v);
-  out = Tensor(random, dtype, batch, heads, queries, value_dim);
+  q = holding(dtype, a.q);
+  k = holding(dtype, a.k);
+  v = holding(dtype, a.v);
+  out = aligned ? Tensor(dtype, batch, heads, queries, value_dim)
+                : Tensor(random, dtype, batch, heads, queries, value_dim);
   lse = Tensor(compute_type(dtype), batch, heads, queries, 1);
   if (a.has_rotary) {
     rotary_q = RotaryTensors(random, dtype, batch, heads, queries, pairs);
