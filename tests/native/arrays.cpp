@@ -140,7 +140,8 @@ double tolerance(DType dtype) {
     case DType::kFloat16:
       return 4e-3;
     default:
-      return 3e-2;
+      // Dot products of pairs take weights and gradients of scores rounded to bfloat16 as well.
+      return 5e-2;
   }
 }
 

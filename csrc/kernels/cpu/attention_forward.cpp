@@ -17,10 +17,11 @@ namespace {
 
 // One panel of keys, `width` columns from `column`: `count` of them are keys, the rest padding.
 template <typename S>
-void pack_key_panel(const ForwardPlan<Compute<S>>& plan, int64_t b, int64_t h, const int32_t* index,
+void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, const int32_t* index,
                     int64_t count, int64_t width, bool ordinary, bool rotated,
-                    const RowScratch<Compute<S>>& scratch, Compute<S>* to) {
+                    const RowScratch<Operand<S>>& scratch, Operand<S>* to) {
   using T = Compute<S>;
+  using Ops = OperandTraits<Operand<S>>;
   const AttentionParams& p = *plan.p;
   for (int64_t i = 0; i < width; ++i) {
     T* row = scratch.rows + i * plan.key_width;
@@ -31,37 +32,45 @@ void pack_key_panel(const ForwardPlan<Compute<S>>& plan, int64_t b, int64_t h, c
     } else {
       for (int64_t d = 0; d < plan.key_width; ++d) row[d] = T{0};
     }
+    Ops::round_row(row, plan.key_width);
   }
-  transpose_panel(scratch.rows, plan.key_width, width, p.head_dim, to);
+  transpose_panel(scratch.rows, plan.key_width, width, plan.depth, reinterpret_cast<T*>(to));
 }
 
 // Values of `width` columns from `column`; padding columns become zero rows.
 template <typename S>
-void pack_values(const ForwardPlan<Compute<S>>& plan, const Columns& columns, int64_t b, int64_t h,
+void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, int64_t b, int64_t h,
                  const int32_t* index, int64_t count, int64_t column, int64_t width,
-                 const RowScratch<Compute<S>>& scratch, Compute<S>* values) {
+                 const RowScratch<Operand<S>>& scratch, Operand<S>* values) {
   using T = Compute<S>;
+  using Ops = OperandTraits<Operand<S>>;
   constexpr int64_t kWide = 2 * kLanes<T>;
+  constexpr int64_t kRows = kTogether<Operand<S>>;
   const AttentionParams& p = *plan.p;
-  T* row = scratch.rows;
-  for (int64_t i = 0; i < width; ++i) {
-    if (i < count) {
-      pack_row<S>(p, p.v, p.table_k, b, h, index[i], p.value_dim, plan.value_width, false, T{1},
-                  row, scratch.table);
-    } else if (i == count) {
-      for (int64_t d = 0; d < plan.value_width; ++d) row[d] = T{0};
+  const Operand<S>* rows[kRows];
+  for (int64_t i = 0; i < width; i += kRows) {
+    for (int64_t r = 0; r < kRows; ++r) {
+      T* row = scratch.rows + r * plan.value_width;
+      if (i + r < count) {
+        pack_row<S>(p, p.v, p.table_k, b, h, index[i + r], p.value_dim, plan.value_width, false,
+                    T{1}, row, scratch.table);
+      } else {
+        for (int64_t d = 0; d < plan.value_width; ++d) row[d] = T{0};
+      }
+      rows[r] = Ops::round_row(row, plan.value_width);
     }
     for (int64_t d = 0; d < plan.value_width; d += kLanes<T>) {
-      T* panel = values + d / kWide * kWide * columns.total + (column + i) * kWide;
-      store<T>(panel + d % kWide, load<T>(row + d));
+      Operand<S>* panel = values + (d / kWide * columns.total + column + i) / kRows * kWide;
+      Ops::store_vector(panel + d % kWide,
+                        Ops::stacked(rows[0] + d / kRows, rows[kRows - 1] + d / kRows));
     }
   }
 }
 
 // Panels that start in columns [first, last) of the head.
 template <typename S>
-void pack_head(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<S>>& head,
-               int64_t unit, int64_t first, int64_t last, const RowScratch<Compute<S>>& scratch) {
+void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
+               int64_t unit, int64_t first, int64_t last, const RowScratch<Operand<S>>& scratch) {
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   const int64_t b = unit / p.key_heads;
@@ -78,10 +87,10 @@ void pack_head(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<S>>
       const int64_t count = min_of(width, end - key);
       const int32_t* index = split.index + key;
       pack_key_panel<S>(plan, b, h, index, count, width, ordinary, true, scratch,
-                        head.keys + c * p.head_dim);
+                        head.keys + c * plan.depth);
       if (raw_too && ordinary) {
         pack_key_panel<S>(plan, b, h, index, count, width, ordinary, false, scratch,
-                          head.raw + c * p.head_dim);
+                          head.raw + c * plan.depth);
       }
       pack_values<S>(plan, columns, b, h, index, count, c, width, scratch, head.values);
     }
@@ -101,49 +110,52 @@ struct RowBlock {
 };
 
 template <typename S>
-void pack_queries(const ForwardPlan<Compute<S>>& plan, const RowBlock& block, bool raw_too,
-                  const RowScratch<Compute<S>>& s) {
+void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bool raw_too,
+                  const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   const T scale = static_cast<T>(p.scale * kLog2E);
+  const auto pack = [&](int64_t n, bool turned, Operand<S>* to) {
+    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width, turned, scale,
+                s.rows, s.table);
+    const Operand<S>* row = OperandTraits<Operand<S>>::round_row(s.rows, plan.key_width);
+    for (int64_t d = 0; d < plan.key_stride; ++d) to[d] = row[d];
+  };
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t n = block.index[r];
-    const bool turned = block.ordinary && turns(p, p.table_q, block.b, n);
-    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, p.head_dim, turned, scale,
-                s.query + r * p.head_dim, s.table);
-    if (raw_too) {
-      pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, p.head_dim, false, scale,
-                  s.query_raw + r * p.head_dim, s.table);
-    }
+    pack(n, block.ordinary && turns(p, p.table_q, block.b, n), s.query + r * plan.key_stride);
+    if (raw_too) pack(n, false, s.query_raw + r * plan.key_stride);
   }
 }
 
 // Scores of all rows with the keys in columns [first, last).
-template <typename T>
-void score_block(const ForwardPlan<T>& plan, const Columns& columns, const PackedHead<T>& head,
-                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<T>& s) {
-  const int64_t d = plan.p->head_dim;
+template <typename U>
+void score_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s) {
+  using T = Sum<U>;
+  const int64_t d = plan.depth;
   for (int64_t c = first; c < last;) {
     const int64_t width = panel_width<T>(columns, c);
     const bool ordinary_keys = c < columns.special_start;
     // Special rows are packed raw already; ordinary ones meet special keys raw.
-    const T* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
-    const T* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + c * d;
+    const U* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
+    const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + c * d;
     T* scores = s.scores + (c - first);
     if (width == 2 * kLanes<T>) {
-      multiply_panel<T, Left::kByRow, false, 2>(block.rows, d, query, d, keys, width, scores,
-                                                plan.score_stride);
+      multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys, width,
+                                                scores, plan.score_stride);
     } else {
-      multiply_panel<T, Left::kByRow, false, 1>(block.rows, d, query, d, keys, width, scores,
-                                                plan.score_stride);
+      multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys, width,
+                                                scores, plan.score_stride);
     }
     c += width;
   }
 }
 
-template <typename T>
-void drop_row(const ForwardPlan<T>& plan, const Columns& columns, const Split& split,
-              const RowBlock& block, int64_t first, int64_t last, int64_t n, T* row, T* factors) {
+template <typename U>
+void drop_row(const ForwardPlan<U>& plan, const Columns& columns, const Split& split,
+              const RowBlock& block, int64_t first, int64_t last, int64_t n, Sum<U>* row,
+              Sum<U>* factors) {
   const Dropout dropout = make_dropout(plan.p->dropout_p, plan.p->seed);
   const int64_t bh = block.b * plan.p->heads + block.h;
   for_each_run(columns, split, first, last, [&](int64_t at, const int32_t* index, int64_t count) {
@@ -152,10 +164,11 @@ void drop_row(const ForwardPlan<T>& plan, const Columns& columns, const Split& s
   });
 }
 
-// Biases, softmax and dropout of the scores in columns [first, last).
-template <typename T>
-void soften_block(const ForwardPlan<T>& plan, const Columns& columns, const Split& split,
-                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<T>& s) {
+// Biases, softmax and dropout of the scores in columns [first, last), which become operands.
+template <typename U>
+void soften_block(const ForwardPlan<U>& plan, const Columns& columns, const Split& split,
+                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s) {
+  using T = Sum<U>;
   const AttentionParams& p = *plan.p;
   const bool padding = has_padding(columns, first, last);
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -174,12 +187,13 @@ void soften_block(const ForwardPlan<T>& plan, const Columns& columns, const Spli
     if (p.dropout_p > 0) {
       drop_row(plan, columns, split, block, first, last, n, row, s.factors);
     }
+    OperandTraits<U>::round_row(row, last - first);
   }
 }
 
 template <typename S>
-void store_block(const ForwardPlan<Compute<S>>& plan, const RowBlock& block,
-                 const RowScratch<Compute<S>>& s) {
+void store_block(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
+                 const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   T* lse = static_cast<T*>(p.lse) + (block.b * p.heads + block.h) * p.queries;
@@ -195,9 +209,11 @@ void store_block(const ForwardPlan<Compute<S>>& plan, const RowBlock& block,
 }
 
 template <typename S>
-void attend_block(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<S>>& head,
-                  const RowBlock& block, const RowScratch<Compute<S>>& s) {
+void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
+                  const RowBlock& block, const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
+  using U = Operand<S>;
+  constexpr int64_t kWide = 2 * kLanes<T>;
   const Split split = plan.keys.of(block.b);
   const Columns columns = columns_of<T>(split);
   pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
@@ -210,18 +226,18 @@ void attend_block(const ForwardPlan<Compute<S>>& plan, const PackedHead<Compute<
     const int64_t last = block_end<T>(columns, first, kKeyBlock);
     score_block(plan, columns, head, block, first, last, s);
     soften_block(plan, columns, split, block, first, last, s);
-    multiply<T, Left::kByRow, true>(block.rows, plan.value_width, last - first, s.scores,
-                                    plan.score_stride, head.values + first * 2 * kLanes<T>,
-                                    2 * kLanes<T>, 2 * kLanes<T> * columns.total, s.out,
-                                    plan.value_width);
+    multiply<U, Left::kByRow, true>(block.rows, plan.value_width, (last - first) / kTogether<U>,
+                                    reinterpret_cast<const U*>(s.scores), plan.score_stride,
+                                    head.values + first / kTogether<U> * kWide, kWide,
+                                    columns.total / kTogether<U> * kWide, s.out, plan.value_width);
     first = last;
   }
   store_block<S>(plan, block, s);
 }
 
 // Rows of attending task `task` of a key head: blocks of ordinary rows, then of special ones.
-template <typename T>
-RowBlock find_rows(const ForwardPlan<T>& plan, int64_t unit, int64_t task) {
+template <typename U>
+RowBlock find_rows(const ForwardPlan<U>& plan, int64_t unit, int64_t task) {
   const AttentionParams& p = *plan.p;
   const int64_t blocks = plan.attends / plan.group;
   RowBlock block{};
@@ -241,14 +257,14 @@ RowBlock find_rows(const ForwardPlan<T>& plan, int64_t unit, int64_t task) {
 }
 
 template <typename S>
-void run_task(const ForwardMemory<Compute<S>>& m, int64_t task, int64_t worker) {
-  using T = Compute<S>;
-  const ForwardPlan<T>& plan = m.plan;
+void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) {
+  using U = Operand<S>;
+  const ForwardPlan<U>& plan = m.plan;
   const int64_t tasks = plan.packs + plan.attends;
   const int64_t unit = task / tasks;
   const int64_t local = task % tasks;
   const int64_t round = unit / plan.slots;  // how many heads used the slot before
-  const PackedHead<T>& head = m.heads[unit % plan.slots];
+  const PackedHead<U>& head = m.heads[unit % plan.slots];
   if (local < plan.packs) {
     wait_until(*head.attended, round * plan.attends);
     // A split may leave fewer columns than keys, and special ones start a vector of their own.
@@ -266,7 +282,7 @@ void run_task(const ForwardMemory<Compute<S>>& m, int64_t task, int64_t worker) 
 template <typename S>
 void forward_typed(const AttentionParams& p, const Parallel& parallel, void* workspace) {
   Arena arena{static_cast<char*>(workspace), 0};
-  const auto m = take_memory<Compute<S>>(p, parallel.workers, arena);
+  const auto m = take_memory<Operand<S>>(p, parallel.workers, arena);
   fill_splits(m.plan.queries, query_source(p));
   fill_splits(m.plan.keys, key_source(p));
   for (int64_t i = 0; i < m.plan.slots; ++i) {
@@ -285,7 +301,7 @@ int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
   int64_t bytes = 0;
   with_storage_type(params.dtype, [&](auto type) {
     Arena arena{nullptr, 0};
-    take_memory<Compute<decltype(type)>>(params, workers, arena);
+    take_memory<Operand<decltype(type)>>(params, workers, arena);
     bytes = arena.used;
   });
   return bytes;

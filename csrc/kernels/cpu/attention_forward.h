@@ -15,7 +15,7 @@ constexpr int64_t kPackKeys = 512;       // keys a packing task takes
 constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
 
 // Sizes and choices of one call.
-template <typename T>
+template <typename U>
 struct ForwardPlan {
   const AttentionParams* p;
   int64_t workers;
@@ -23,6 +23,8 @@ struct ForwardPlan {
   int64_t group;  // query heads a key head
   int64_t most_columns;
   int64_t key_width;    // head_dim padded to whole vectors
+  int64_t key_stride;   // the same in operands
+  int64_t depth;        // operands that hold head_dim
   int64_t value_width;  // value_dim padded to whole vectors
   int64_t value_panels;
   int64_t score_stride;
@@ -35,19 +37,20 @@ struct ForwardPlan {
 // What packing one key head leaves: keys as panels [column panel][channel][column], those with a
 // position rotated in `keys` and, for rows without one, as they are in `raw`; values as panels
 // [value panel][column][2 vectors].
-template <typename T>
+template <typename U>
 struct PackedHead {
-  T* keys;
-  T* raw;
-  T* values;
+  U* keys;
+  U* raw;
+  U* values;
   Counter* packed;    // packing tasks done, over all heads that used the slot
   Counter* attended;  // attending tasks done
 };
 
-template <typename T>
+template <typename U>
 struct RowScratch {
-  T* query;      // (rows, head_dim), scaled by scale * log2(e); rotated where rows have a position
-  T* query_raw;  // the same, unrotated
+  using T = Sum<U>;
+  U* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
+  U* query_raw;  // the same, unrotated
   T* scores;     // (rows, score_stride)
   T* out;        // (rows, value_width)
   T* maximum;    // (rows), log2
@@ -57,11 +60,11 @@ struct RowScratch {
   T* factors;    // (key block), dropout
 };
 
-template <typename T>
+template <typename U>
 struct ForwardMemory {
-  ForwardPlan<T> plan;
-  PackedHead<T>* heads;
-  RowScratch<T>* scratch;
+  ForwardPlan<U> plan;
+  PackedHead<U>* heads;
+  RowScratch<U>* scratch;
 };
 
 inline double forward_flops(const AttentionParams& p) {
@@ -79,15 +82,18 @@ int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
   return max_of<int64_t>(1, min_of(p.queries, round_up(ceil_div(p.queries, blocks), kTile)));
 }
 
-template <typename T>
-ForwardPlan<T> make_plan(const AttentionParams& p, int64_t most_workers) {
-  ForwardPlan<T> plan{};
+template <typename U>
+ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers) {
+  using T = Sum<U>;
+  ForwardPlan<U> plan{};
   plan.p = &p;
   plan.workers = useful_workers(most_workers, forward_flops(p), kFlopsPerWorker);
-  plan.row_block = choose_row_block<T>(p, plan.workers);
+  plan.row_block = choose_row_block<Sum<U>>(p, plan.workers);
   plan.group = p.key_heads == 0 ? 1 : p.heads / p.key_heads;
   plan.most_columns = most_columns<T>(p.keys);
   plan.key_width = round_up(p.head_dim, kLanes<T>);
+  plan.key_stride = plan.key_width / kTogether<U>;
+  plan.depth = ceil_div(p.head_dim, kTogether<U>);
   plan.value_width = round_up(p.value_dim, kLanes<T>);
   plan.value_panels = ceil_div(plan.value_width, 2 * kLanes<T>);
   const int64_t widest = min_of(kKeyBlock + 2 * kLanes<T>, plan.most_columns);
@@ -100,29 +106,31 @@ ForwardPlan<T> make_plan(const AttentionParams& p, int64_t most_workers) {
   return plan;
 }
 
-template <typename T>
-ForwardMemory<T> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
-  ForwardMemory<T> m{};
-  m.plan = make_plan<T>(p, workers);
-  ForwardPlan<T>& plan = m.plan;
+template <typename U>
+ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
+  using T = Sum<U>;
+  ForwardMemory<U> m{};
+  m.plan = make_plan<U>(p, workers);
+  ForwardPlan<U>& plan = m.plan;
   plan.queries = take_splits(arena, query_source(p));
   plan.keys = take_splits(arena, key_source(p));
-  m.heads = arena.take<PackedHead<T>>(plan.slots);
-  m.scratch = arena.take<RowScratch<T>>(plan.workers);
+  m.heads = arena.take<PackedHead<U>>(plan.slots);
+  m.scratch = arena.take<RowScratch<U>>(plan.workers);
   for (int64_t i = 0; i < plan.slots; ++i) {
-    PackedHead<T> head{};
-    head.keys = arena.take<T>(plan.most_columns * p.head_dim);
-    head.raw = plan.raw_keys ? arena.take<T>(plan.most_columns * p.head_dim) : nullptr;
-    head.values = arena.take<T>(plan.value_panels * 2 * kLanes<T> * plan.most_columns);
+    PackedHead<U> head{};
+    head.keys = arena.take<U>(plan.most_columns * plan.depth);
+    head.raw = plan.raw_keys ? arena.take<U>(plan.most_columns * plan.depth) : nullptr;
+    head.values =
+        arena.take<U>(plan.value_panels * 2 * kLanes<T> * plan.most_columns / kTogether<U>);
     head.packed = arena.take<Counter>(1);
     head.attended = arena.take<Counter>(1);
     if (arena.base != nullptr) m.heads[i] = head;
   }
   const int64_t widest_row = max_of(plan.key_width, plan.value_width);
   for (int64_t i = 0; i < plan.workers; ++i) {
-    RowScratch<T> s{};
-    s.query = arena.take<T>(plan.row_block * p.head_dim);
-    s.query_raw = sets_apart(p) ? arena.take<T>(plan.row_block * p.head_dim) : nullptr;
+    RowScratch<U> s{};
+    s.query = arena.take<U>(plan.row_block * plan.key_stride);
+    s.query_raw = sets_apart(p) ? arena.take<U>(plan.row_block * plan.key_stride) : nullptr;
     s.scores = arena.take<T>(plan.row_block * plan.score_stride);
     s.out = arena.take<T>(plan.row_block * plan.value_width);
     s.maximum = arena.take<T>(plan.row_block);

@@ -1,9 +1,11 @@
 // Matrix products of small blocks: C (+)= A B with C in registers, a tile of rows by one or two
-// vectors at a time. Both attention passes are built of these.
+// vectors at a time. Both attention passes are built of these. A and B are of operands U
+// (operands.h), C of what their products are summed in; depths and strides are counted in operands.
 #pragma once
 
 #include <cstdint>
 
+#include "operands.h"
 #include "vec.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -14,19 +16,19 @@ namespace {
 enum class Left { kByRow, kByColumn };
 
 // Offsets of the rows of a tile from two running pointers, so that all of them fit x86 addressing.
-template <typename T, Left kLeft, int kRows>
+template <typename U, Left kLeft, int kRows>
 struct LeftRows {
-  const T* low;
-  const T* high;  // row 6
+  const U* low;
+  const U* high;  // row 6
   int64_t stride, stride3, stride5;
 
-  X_ROPE_CLS_INLINE LeftRows make(const T* a, int64_t stride) {
+  X_ROPE_CLS_INLINE LeftRows make(const U* a, int64_t stride) {
     return {a, kLeft == Left::kByRow ? a + 6 * stride : a, stride, 3 * stride, 5 * stride};
   }
   // Element k of row `row`, k counted from where the pointers are.
-  __attribute__((always_inline)) T at(int row, int64_t k) const {
+  __attribute__((always_inline)) U at(int row, int64_t k) const {
     if constexpr (kLeft == Left::kByColumn) return low[k * stride + row];
-    const T* base = row < 6 ? low : high;
+    const U* base = row < 6 ? low : high;
     switch (row % 6) {
       case 0:
         return base[k];
@@ -50,94 +52,97 @@ struct LeftRows {
 };
 
 // acc[row][v] += sum over k < depth of A(row, k) * B(k, v); B's rows are `b_stride` apart.
-template <typename T, Left kLeft, int kRows, int kVectors>
-X_ROPE_CLS_INLINE void multiply_tile(Vec<T> (&acc)[kRows][kVectors], const T* a, int64_t a_stride,
-                                     const T* b, int64_t b_stride, int64_t depth) {
-  auto rows = LeftRows<T, kLeft, kRows>::make(a, a_stride);
+template <typename U, Left kLeft, int kRows, int kVectors>
+X_ROPE_CLS_INLINE void multiply_tile(Vec<Sum<U>> (&acc)[kRows][kVectors], const U* a,
+                                     int64_t a_stride, const U* b, int64_t b_stride,
+                                     int64_t depth) {
+  using Ops = OperandTraits<U>;
+  auto rows = LeftRows<U, kLeft, kRows>::make(a, a_stride);
   for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> right[kVectors];
+    typename Ops::Vector right[kVectors];
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) right[v] = load<T>(b + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) right[v] = Ops::load_vector(b + v * kLanes<Sum<U>>);
     X_ROPE_CLS_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const Vec<T> left = broadcast<T>(rows.at(r, 0));
+      const typename Ops::Vector left = Ops::broadcast_one(rows.at(r, 0));
       X_ROPE_CLS_UNROLL
-      for (int v = 0; v < kVectors; ++v) acc[r][v] += left * right[v];
+      for (int v = 0; v < kVectors; ++v) Ops::add_products(acc[r][v], left, right[v]);
     }
     rows.advance(1);
     b += b_stride;
   }
 }
 
-template <typename T, Left kLeft, bool kAccumulate, int kRows, int kVectors>
-static __attribute__((noinline)) void tile(const T* a, int64_t a_stride, const T* b,
-                                           int64_t b_stride, int64_t depth, T* c,
+template <typename U, Left kLeft, bool kAccumulate, int kRows, int kVectors>
+static __attribute__((noinline)) void tile(const U* a, int64_t a_stride, const U* b,
+                                           int64_t b_stride, int64_t depth, Sum<U>* c,
                                            int64_t c_stride) {
+  using T = Sum<U>;
   Vec<T> acc[kRows][kVectors];
   X_ROPE_CLS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = kAccumulate ? load<T>(c + r * c_stride + v * kLanes<T>) : Vec<T>{};
+      acc[r][v] = kAccumulate ? load<T>(c + r * c_stride + v * kLanes<Sum<U>>) : Vec<T>{};
     }
   }
-  multiply_tile<T, kLeft, kRows, kVectors>(acc, a, a_stride, b, b_stride, depth);
+  multiply_tile<U, kLeft, kRows, kVectors>(acc, a, a_stride, b, b_stride, depth);
   X_ROPE_CLS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) store<T>(c + r * c_stride + v * kLanes<T>, acc[r][v]);
+    for (int v = 0; v < kVectors; ++v) store<T>(c + r * c_stride + v * kLanes<Sum<U>>, acc[r][v]);
   }
 }
 
 // One column panel (kVectors wide) of C, all rows: full tiles, then 4, 2 and 1 rows.
-template <typename T, Left kLeft, bool kAccumulate, int kVectors>
-X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const T* a, int64_t a_stride,
-                                      const T* b, int64_t b_stride, T* c, int64_t c_stride) {
-  constexpr int kRows = VecTraits<T>::kTileRows;
+template <typename U, Left kLeft, bool kAccumulate, int kVectors>
+X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, int64_t a_stride,
+                                      const U* b, int64_t b_stride, Sum<U>* c, int64_t c_stride) {
+  constexpr int kRows = VecTraits<Sum<U>>::kTileRows;
   const int64_t a_step = kLeft == Left::kByRow ? a_stride : 1;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
-    tile<T, kLeft, kAccumulate, kRows, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+    tile<U, kLeft, kAccumulate, kRows, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                                  c + r * c_stride, c_stride);
   }
   if constexpr (kRows > 6) {
     if (r + 6 <= rows) {
-      tile<T, kLeft, kAccumulate, 6, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+      tile<U, kLeft, kAccumulate, 6, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                                c + r * c_stride, c_stride);
       r += 6;
     }
   }
   if (r + 4 <= rows) {
-    tile<T, kLeft, kAccumulate, 4, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+    tile<U, kLeft, kAccumulate, 4, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                              c + r * c_stride, c_stride);
     r += 4;
   }
   if (r + 2 <= rows) {
-    tile<T, kLeft, kAccumulate, 2, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+    tile<U, kLeft, kAccumulate, 2, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                              c + r * c_stride, c_stride);
     r += 2;
   }
   if (r < rows) {
-    tile<T, kLeft, kAccumulate, 1, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
+    tile<U, kLeft, kAccumulate, 1, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                              c + r * c_stride, c_stride);
   }
 }
 
 // C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the
 // lanes. Column panels of B are two vectors wide (the last may be one) and `b_panel` apart.
-template <typename T, Left kLeft, bool kAccumulate>
-X_ROPE_CLS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a,
-                                int64_t a_stride, const T* b, int64_t b_stride, int64_t b_panel,
-                                T* c, int64_t c_stride) {
-  constexpr int kWide = 2 * kLanes<T>;
+template <typename U, Left kLeft, bool kAccumulate>
+X_ROPE_CLS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const U* a,
+                                int64_t a_stride, const U* b, int64_t b_stride, int64_t b_panel,
+                                Sum<U>* c, int64_t c_stride) {
+  constexpr int kWide = 2 * kLanes<Sum<U>>;
   int64_t column = 0;
   for (; column + kWide <= columns; column += kWide) {
-    multiply_panel<T, kLeft, kAccumulate, 2>(rows, depth, a, a_stride, b, b_stride, c + column,
+    multiply_panel<U, kLeft, kAccumulate, 2>(rows, depth, a, a_stride, b, b_stride, c + column,
                                              c_stride);
     b += b_panel;
   }
   if (column < columns) {
-    multiply_panel<T, kLeft, kAccumulate, 1>(rows, depth, a, a_stride, b, b_stride, c + column,
+    multiply_panel<U, kLeft, kAccumulate, 1>(rows, depth, a, a_stride, b, b_stride, c + column,
                                              c_stride);
   }
 }
