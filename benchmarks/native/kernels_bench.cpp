@@ -136,7 +136,7 @@ void rope(benchmark::State& state, Isa isa, DType dtype) {
   const auto flops = 3.0 * static_cast<double>(count);
   const auto bytes = 2.0 * static_cast<double>(count * size_of(dtype));
   measure(state, isa.name, isa.peak, flops, bytes,
-          [&](const cpu::KernelTable& kernels) { kernels.rope(params, kOneThread); });
+          [&](const cpu::KernelTable& kernels) { kernels.rope(&params, 1, kOneThread); });
 }
 
 // q, k, v and everything that comes out, one head.

@@ -13,7 +13,7 @@
 
 namespace x_rope_cls::ops {
 
-void run_rope(const RopeParams& p, const Tensor& like);
+void run_rope(const RopeParams* calls, int count, const Tensor& like);  // one or two
 void run_rope_table_grad(const RopeTableGradParams& p, const Tensor& like);
 
 // Where the kernels of this backend look for the seed of dropout: never waits for a device.

@@ -38,8 +38,8 @@ class Workspace {
 
 }  // namespace
 
-void run_rope(const RopeParams& p, const Tensor& /*like*/) {
-  cpu::kernels().rope(p, torch_threads());
+void run_rope(const RopeParams* calls, int count, const Tensor& /*like*/) {
+  cpu::kernels().rope(calls, count, torch_threads());
 }
 
 void run_rope_table_grad(const RopeTableGradParams& p, const Tensor& /*like*/) {

@@ -53,9 +53,9 @@ class Call {
 
 }  // namespace
 
-void run_rope(const RopeParams& p, const Tensor& like) {
+void run_rope(const RopeParams* calls, int count, const Tensor& like) {
   const Call call("rope", like);
-  call.check(cuda::rope(&p, 1, call.stream()));
+  call.check(cuda::rope(calls, count, call.stream()));
 }
 
 void run_rope_table_grad(const RopeTableGradParams& p, const Tensor& like) {

@@ -253,6 +253,22 @@ void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
   check_rotate(op, "rotate", rotate, x);
 }
 
+void check_rope_qk(const Tensor& q, const Tensor& k, const Tensor& cos_q, const Tensor& sin_q,
+                   const Tensor& cos_k, const Tensor& sin_k, const OptionalTensor& rotate_q,
+                   const OptionalTensor& rotate_k) {
+  const std::string op = "rope_qk";
+  check_values(op, "q", q);
+  check_dtype(op, "k", k, q.scalar_type());
+  check_device(op, "k", k, q);
+  check_values(op, "k", k);
+  check_cos(op, "cos_q", cos_q, q);
+  check_like(op, "sin_q", sin_q, compute_type(q), q, shape_of(cos_q));
+  check_cos(op, "cos_k", cos_k, k);
+  check_like(op, "sin_k", sin_k, compute_type(q), q, shape_of(cos_k));
+  check_rotate(op, "rotate_q", rotate_q, q);
+  check_rotate(op, "rotate_k", rotate_k, k);
+}
+
 void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
                            const OptionalTensor& rotate) {
   const std::string op = "rope_table_grad";

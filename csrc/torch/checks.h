@@ -58,6 +58,9 @@ torch::headeronly::ScalarType compute_type(const Tensor& t);
 
 void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin,
                 const OptionalTensor& rotate);
+void check_rope_qk(const Tensor& q, const Tensor& k, const Tensor& cos_q, const Tensor& sin_q,
+                   const Tensor& cos_k, const Tensor& sin_k, const OptionalTensor& rotate_q,
+                   const OptionalTensor& rotate_k);
 void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
                            const OptionalTensor& rotate);
 void check_attention(const std::string& op, const AttentionArguments& a);

@@ -15,6 +15,10 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "rope(Tensor x, Tensor cos, Tensor sin, Tensor? rotate, bool interleaved, bool inverse) -> "
       "Tensor");
+  // Both rotated in one go.
+  m.def(
+      "rope_qk(Tensor q, Tensor k, Tensor cos_q, Tensor sin_q, Tensor cos_k, Tensor sin_k, "
+      "Tensor? rotate_q, Tensor? rotate_k, bool interleaved, bool inverse) -> (Tensor, Tensor)");
   // Gradients of sum(grad * rope(x)) to cos and sin, in the shape of cos.
   m.def(
       "rope_table_grad(Tensor grad, Tensor x, Tensor cos, Tensor? rotate, bool interleaved, "
@@ -48,6 +52,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
 
 inline void implement_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("rope", TORCH_BOX(&rope));
+  m.impl("rope_qk", TORCH_BOX(&rope_qk));
   m.impl("rope_table_grad", TORCH_BOX(&rope_table_grad));
 #ifndef X_ROPE_CLS_PARTIAL_CUDA
   m.impl("rope_attention", TORCH_BOX(&rope_attention));

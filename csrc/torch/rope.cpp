@@ -1,14 +1,14 @@
-// The operators rope and rope_table_grad.
+// The operators rope, rope_qk and rope_table_grad.
 #include "rope.h"
 
 #include "backend.h"
 #include "params.h"
 
 namespace x_rope_cls::ops {
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate,
-            bool interleaved, bool inverse) {
-  check_rope(x, cos, sin, rotate);
-  Tensor y = empty_heads_inside(x, x.size(0), x.size(1), x.size(2), x.size(3));
+namespace {
+
+RopeParams rope_params(const Tensor& x, const Tensor& y, const Tensor& cos, const Tensor& sin,
+                       const OptionalTensor& rotate, bool interleaved, bool inverse) {
   RopeParams p{};
   p.dtype = dtype_of(x);
   p.x = view_of(x);
@@ -21,8 +21,36 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Optiona
   p.pairs = cos.size(cos.dim() - 1);
   p.interleaved = interleaved;
   p.inverse = inverse;
-  run_rope(p, x);
+  return p;
+}
+
+Tensor empty_for(const Tensor& x) {
+  return empty_heads_inside(x, x.size(0), x.size(1), x.size(2), x.size(3));
+}
+
+}  // namespace
+
+Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate,
+            bool interleaved, bool inverse) {
+  check_rope(x, cos, sin, rotate);
+  Tensor y = empty_for(x);
+  const RopeParams call = rope_params(x, y, cos, sin, rotate, interleaved, inverse);
+  run_rope(&call, 1, x);
   return y;
+}
+
+std::tuple<Tensor, Tensor> rope_qk(const Tensor& q, const Tensor& k, const Tensor& cos_q,
+                                   const Tensor& sin_q, const Tensor& cos_k, const Tensor& sin_k,
+                                   const OptionalTensor& rotate_q, const OptionalTensor& rotate_k,
+                                   bool interleaved, bool inverse) {
+  check_rope_qk(q, k, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k);
+  Tensor rotated_q = empty_for(q);
+  Tensor rotated_k = empty_for(k);
+  const RopeParams calls[] = {
+      rope_params(q, rotated_q, cos_q, sin_q, rotate_q, interleaved, inverse),
+      rope_params(k, rotated_k, cos_k, sin_k, rotate_k, interleaved, inverse)};
+  run_rope(calls, 2, q);
+  return {rotated_q, rotated_k};
 }
 
 std::tuple<Tensor, Tensor> rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,

@@ -10,6 +10,11 @@ namespace x_rope_cls::ops {
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate,
             bool interleaved, bool inverse);
 
+std::tuple<Tensor, Tensor> rope_qk(const Tensor& q, const Tensor& k, const Tensor& cos_q,
+                                   const Tensor& sin_q, const Tensor& cos_k, const Tensor& sin_k,
+                                   const OptionalTensor& rotate_q, const OptionalTensor& rotate_k,
+                                   bool interleaved, bool inverse);
+
 std::tuple<Tensor, Tensor> rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& cos,
                                            const OptionalTensor& rotate, bool interleaved,
                                            bool inverse);

@@ -27,26 +27,8 @@ Device device() {
 }
 
 #ifdef X_ROPE_CLS_CUDA_ROPE
-void rope(const RopeParams& p, const Parallel&) {
-  // As q and k go: two calls in one launch, here the first batch and the others.
-  RopeParams calls[2] = {p, p};
-  const int64_t first = p.batch > 1 ? 1 : p.batch;
-  const auto size = p.dtype == DType::kFloat64 ? 8 : p.dtype == DType::kFloat32 ? 4 : 2;
-  const auto move = [&](void* data, int64_t stride, int64_t bytes) {
-    return static_cast<void*>(static_cast<char*>(data) + first * stride * bytes);
-  };
-  calls[0].batch = first;
-  calls[1].batch = p.batch - first;
-  calls[1].x.data = move(p.x.data, p.x.stride_b, size);
-  calls[1].y.data = move(p.y.data, p.y.stride_b, size);
-  const int64_t table_size = p.dtype == DType::kFloat64 ? 8 : 4;
-  const auto table = [&](const void* data, int64_t stride) {
-    return move(const_cast<void*>(data), stride, table_size);
-  };
-  calls[1].table.cos = table(p.table.cos, p.table.cos_stride_b);
-  calls[1].table.sin = table(p.table.sin, p.table.sin_stride_b);
-  if (p.table.rotate != nullptr) calls[1].table.rotate += first * p.table.rotate_stride_b;
-  expect_success(cuda::rope(calls, 2, nullptr), "rope");
+void rope(const RopeParams* calls, int64_t count, const Parallel&) {
+  expect_success(cuda::rope(calls, static_cast<int>(count), nullptr), "rope");
 }
 void rope_table_grad(const RopeTableGradParams& p, const Parallel&) {
   expect_success(cuda::rope_table_grad(p, nullptr), "rope_table_grad");

@@ -35,12 +35,22 @@ bool run_rope_case(uint64_t seed) {
   const Tensor separate(random, dtype, batch, heads, tokens, head_dim);
   const Tensor& y = in_place ? x_copy : separate;
   Workers workers(random);
-  kernels.rope({dtype, (in_place ? y : x).view(), y.view(), rotary.table(), batch, heads, tokens,
-                head_dim, pairs, interleaved, inverse},
-               workers.parallel());
+  // A second call in the same region: the same tensor to another place, the other way.
+  const Tensor back(random, dtype, batch, heads, tokens, head_dim);
+  const RopeParams calls[] = {{dtype, x.view(), back.view(), rotary.table(), batch, heads, tokens,
+                               head_dim, pairs, interleaved, !inverse},
+                              {dtype, (in_place ? y : x).view(), y.view(), rotary.table(), batch,
+                               heads, tokens, head_dim, pairs, interleaved, inverse}};
+  const int64_t first = random.integer(0, 1);
+  kernels.rope(calls + first, 2 - first, workers.parallel());
   checker.values("y", dtype, y.values(),
                  naive::rope(x_values, rotary.arrays, interleaved, inverse));
   checker.gaps("y", y);
+  if (first == 0) {
+    checker.values("back", dtype, back.values(),
+                   naive::rope(x_values, rotary.arrays, interleaved, !inverse));
+    checker.gaps("back", back);
+  }
 
   const DType grad_dtype = random.chance(0.5) ? dtype : compute_type(dtype);
   naive::Array grad_values = random.normal_array(batch, heads, tokens, head_dim);

@@ -59,9 +59,9 @@ cuda::Device device() {
 
 }  // namespace
 
-void run_rope(const RopeParams& p, const Tensor& /*like*/) {
-  const sim::Ranges ranges(p);
-  finish("rope", cuda::rope(&p, 1, nullptr));
+void run_rope(const RopeParams* calls, int count, const Tensor& /*like*/) {
+  const sim::Ranges ranges(calls, count);
+  finish("rope", cuda::rope(calls, count, nullptr));
 }
 
 void run_rope_table_grad(const RopeTableGradParams& p, const Tensor& /*like*/) {

@@ -73,10 +73,12 @@ void Ranges::add(DType compute, const RotaryTable& t, int64_t batch, int64_t hea
   add(t.rotate, 1, {{batch, t.rotate_stride_b}, {tokens, t.rotate_stride_n}});
 }
 
-Ranges::Ranges(const RopeParams& p) : Ranges() {
-  add(p.dtype, p.x, p.batch, p.heads, p.tokens, p.head_dim);
-  add(p.dtype, p.y, p.batch, p.heads, p.tokens, p.head_dim);
-  add(compute_of(p.dtype), p.table, p.batch, p.heads, p.tokens, p.pairs);
+Ranges::Ranges(const RopeParams* calls, int count) : Ranges() {
+  for (const RopeParams* p = calls; p != calls + count; ++p) {
+    add(p->dtype, p->x, p->batch, p->heads, p->tokens, p->head_dim);
+    add(p->dtype, p->y, p->batch, p->heads, p->tokens, p->head_dim);
+    add(compute_of(p->dtype), p->table, p->batch, p->heads, p->tokens, p->pairs);
+  }
 }
 
 Ranges::Ranges(const RopeTableGradParams& p) : Ranges() {

@@ -18,7 +18,7 @@ struct Axis {
 // Registers ranges with the simulator, from the first added to the end of the scope.
 class Ranges {
  public:
-  explicit Ranges(const RopeParams& p);
+  Ranges(const RopeParams* calls, int count);
   explicit Ranges(const RopeTableGradParams& p);
   explicit Ranges(const AttentionParams& p);
   explicit Ranges(const AttentionBackwardParams& p);

@@ -15,7 +15,7 @@ namespace x_rope_cls::cpu {
 struct KernelTable {
   const char* name;  // "generic", "avx2", "avx512", "avx512_bf16"
   int32_t lanes;     // float32 lanes of a vector
-  void (*rope)(const RopeParams&, const Parallel&);
+  void (*rope)(const RopeParams* calls, int64_t count, const Parallel&);  // in one parallel region
   void (*rope_table_grad)(const RopeTableGradParams&, const Parallel&);
   AttentionWorkspace attention_workspace;
   AttentionForward attention_forward;

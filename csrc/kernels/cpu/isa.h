@@ -17,7 +17,7 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 
 // rope.cpp
-void rope(const RopeParams& params, const Parallel& parallel);
+void rope(const RopeParams* calls, int64_t count, const Parallel& parallel);
 void rope_table_grad(const RopeTableGradParams& params, const Parallel& parallel);
 
 // attention_forward.cpp

@@ -4,6 +4,7 @@
 
 #include "convert.h"
 #include "isa.h"
+#include "rope_rows.h"
 #include "rotate.h"
 #include "tasks.h"
 #include "vec.h"
@@ -13,7 +14,12 @@ namespace {
 
 constexpr int64_t kBlock = 64;                // tokens a task
 constexpr double kElementsPerWorker = 32768;  // fewer are not worth another thread
-constexpr int64_t kChannels = 512;            // of a row in the buffers on the stack
+constexpr int64_t kMostPairs = 256;           // that are rotated together; longer rows go in parts
+constexpr int64_t kMostGroup = 4;             // tokens whose tables are laid out together
+// Outputs of so many bytes are stored past the caches, which would not hold them until they are
+// read: a line need not be read before it is written.
+constexpr double kStreamBytes = 8 << 20;
+constexpr int64_t kTableRoom = 4 * kMostPairs + 4 * kLanes<float>;
 
 template <typename S>
 X_ROPE_CLS_INLINE S* row_of(const Tensor4& t, int64_t b, int64_t h, int64_t n) {
@@ -24,104 +30,139 @@ template <typename S>
 X_ROPE_CLS_INLINE void copy_channels(const S* from, int64_t from_stride, S* to, int64_t to_stride,
                                      int64_t n) {
   if (from == to) return;
-  if (from_stride == 1 && to_stride == 1) {
-    __builtin_memcpy(to, from, static_cast<size_t>(n) * sizeof(S));
-  } else {
-    for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
-  }
+  for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
 }
 
-// Pairs [first, first + count) of one row, by way of a dense buffer; any strides. `part` starts at
-// the first of them.
-template <typename S>
-X_ROPE_CLS_INLINE void rotate_chunk(const RopeParams& p, const S* x, S* y,
-                                    TableRow<Compute<S>> part, int64_t first, int64_t count) {
+// Pairs [first, first + count) of one row, by way of a dense buffer; any strides.
+template <typename S, PairLayout kLayout>
+X_ROPE_CLS_INLINE void turn_strided(const RopeParams& p, const S* x, S* y, const Compute<S>* table,
+                                    int64_t first, int64_t count) {
   using T = Compute<S>;
-  T buffer[kChannels];
+  T buffer[2 * kMostPairs];
   const int64_t sx = p.x.stride_d;
   const int64_t sy = p.y.stride_d;
-  if (p.interleaved) {
-    load_row(x + 2 * first * sx, sx, 2 * count, buffer);
-    rotate_row(buffer, buffer, part, count, true, p.inverse);
-    store_row<S>(buffer, sy, 2 * count, y + 2 * first * sy);
-  } else {
+  if constexpr (kLayout == PairLayout::kHalves) {
+    const int64_t second = p.pairs + first;
     load_row(x + first * sx, sx, count, buffer);
-    load_row(x + (p.pairs + first) * sx, sx, count, buffer + count);
-    rotate_row(buffer, buffer, part, count, false, p.inverse);
+    load_row(x + second * sx, sx, count, buffer + count);
+    turn_row<T, kLayout, false>(buffer, buffer, table, count, count);
     store_row<S>(buffer, sy, count, y + first * sy);
-    store_row<S>(buffer + count, sy, count, y + (p.pairs + first) * sy);
+    store_row<S>(buffer + count, sy, count, y + second * sy);
+  } else {
+    load_row(x + 2 * first * sx, sx, 2 * count, buffer);
+    turn_row<T, kLayout, false>(buffer, buffer, table, count, 0);
+    store_row<S>(buffer, sy, 2 * count, y + 2 * first * sy);
   }
 }
 
+// Pairs [first, first + count) of one row, and with the last of them the channels that stay.
+template <typename S, PairLayout kLayout, bool kDense, bool kStream>
+X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Compute<S>* table,
+                                 int64_t first, int64_t count) {
+  const int64_t rest = 2 * p.pairs;
+  const bool last = first + count == p.pairs;
+  if constexpr (kDense) {
+    const int64_t at = kLayout == PairLayout::kHalves ? first : 2 * first;
+    turn_row<S, kLayout, kStream>(x + at, y + at, table, count, p.pairs);
+    if (last) copy_row<S, kStream>(x + rest, y + rest, p.head_dim - rest);
+  } else {
+    turn_strided<S, kLayout>(p, x, y, table, first, count);
+    if (last) {
+      copy_channels(x + rest * p.x.stride_d, p.x.stride_d, y + rest * p.y.stride_d, p.y.stride_d,
+                    p.head_dim - rest);
+    }
+  }
+}
+
+// Tokens [first, last) of batch b, all heads. Heads are inside, so that a table row is laid out
+// once for all that share it, and so that what is written lies together.
+template <typename S, PairLayout kLayout, bool kDense, bool kStream>
+void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
+  using T = Compute<S>;
+  alignas(64) T tables[kMostGroup * kTableRoom];
+  const RotaryTable& t = p.table;
+  const bool by_head = t.cos_stride_h != 0 || t.sin_stride_h != 0;
+  const T sign = p.inverse ? T{-1} : T{1};
+  for (int64_t start = first; start < last; start += kMostGroup) {
+    const int64_t tokens = min_of(kMostGroup, last - start);
+    for (int64_t pair = 0; pair < p.pairs; pair += kMostPairs) {
+      const int64_t count = min_of(kMostPairs, p.pairs - pair);
+      const int64_t size = 2 * table_span<T>(kLayout, count);
+      for (int64_t h = 0; h < p.heads; ++h) {
+        for (int64_t i = 0; i < tokens; ++i) {
+          const int64_t n = start + i;
+          const S* x = row_of<const S>(p.x, b, h, n);
+          S* y = row_of<S>(p.y, b, h, n);
+          if (!has_position(t, b, n)) {
+            if (pair != 0) continue;
+            if constexpr (kDense) {
+              copy_row<S, kStream>(x, y, p.head_dim);
+            } else {
+              copy_channels(x, p.x.stride_d, y, p.y.stride_d, p.head_dim);
+            }
+            continue;
+          }
+          T* table = tables + i * size;
+          if (h == 0 || by_head) {
+            TableRow<T> row = table_row_start<T>(t, b, h, n);
+            row.cos += pair * t.cos_stride_i;
+            row.sin += pair * t.sin_stride_i;
+            lay_out_table(kLayout, row, t.cos_stride_i, t.sin_stride_i, count, sign, table);
+          }
+          turn_part<S, kLayout, kDense, kStream>(p, x, y, table, pair, count);
+        }
+      }
+    }
+  }
+}
+
+// Whether every vector of a row of y is stored at a multiple of its size.
 template <typename S>
-X_ROPE_CLS_INLINE void rotate_one(const RopeParams& p, int64_t b, int64_t h, int64_t n,
-                                  bool rotated, TableRow<Compute<S>> t) {
-  const S* x = row_of<const S>(p.x, b, h, n);
-  S* y = row_of<S>(p.y, b, h, n);
-  const int64_t sx = p.x.stride_d;
-  const int64_t sy = p.y.stride_d;
-  if (!rotated) {
-    copy_channels(x, sx, y, sy, p.head_dim);
+X_ROPE_CLS_INLINE bool is_aligned(const RopeParams& p) {
+  const auto size = static_cast<int64_t>(sizeof(S));
+  const int64_t part = kLanes<Compute<S>> * size;  // of the compute type in storage
+  const int64_t offsets = p.y.stride_b | p.y.stride_h | p.y.stride_n | p.head_dim | (2 * p.pairs);
+  return reinterpret_cast<uintptr_t>(p.y.data) % kVectorBytes == 0 &&
+         offsets * size % kVectorBytes == 0 && (p.interleaved || p.pairs * size % part == 0);
+}
+
+template <typename S, PairLayout kLayout>
+void rope_block(const RopeParams& p, int64_t b, int64_t first, int64_t last, bool stream) {
+  if constexpr (kLayout != PairLayout::kWords) {
+    if (p.x.stride_d != 1 || p.y.stride_d != 1) {
+      return rope_tokens<S, kLayout, false, false>(p, b, first, last);
+    }
+  }
+  if (stream) {
+    rope_tokens<S, kLayout, true, true>(p, b, first, last);
+  } else {
+    rope_tokens<S, kLayout, true, false>(p, b, first, last);
+  }
+}
+
+// Block `task` of the tokens of all batches.
+template <typename S>
+void rope_task(const RopeParams& p, int64_t task, bool stream) {
+  const int64_t blocks = ceil_div(p.tokens, kBlock);
+  const int64_t b = task / blocks;
+  const int64_t first = task % blocks * kBlock;
+  const int64_t last = min_of(first + kBlock, p.tokens);
+  if (!p.interleaved) {
+    rope_block<S, PairLayout::kHalves>(p, b, first, last, stream);
     return;
   }
-  if constexpr (__is_same(S, Compute<S>)) {
-    if (sx == 1 && sy == 1) {
-      rotate_row(x, y, t, p.pairs, p.interleaved, p.inverse);
-      copy_channels(x + 2 * p.pairs, 1, y + 2 * p.pairs, 1, p.head_dim - 2 * p.pairs);
+  if constexpr (__is_same(S, BFloat16)) {
+    if (p.x.stride_d == 1 && p.y.stride_d == 1) {
+      rope_block<S, PairLayout::kWords>(p, b, first, last, stream);
       return;
     }
   }
-  for (int64_t first = 0; first < p.pairs; first += kChannels / 2) {
-    rotate_chunk<S>(p, x, y, {t.cos + first, t.sin + first}, first,
-                    min_of(kChannels / 2, p.pairs - first));
-  }
-  copy_channels(x + 2 * p.pairs * sx, sx, y + 2 * p.pairs * sy, sy, p.head_dim - 2 * p.pairs);
+  rope_block<S, PairLayout::kTwice>(p, b, first, last, stream);
 }
 
-// One token of one head; table rows whose pairs are not adjacent are gathered piece by piece.
-template <typename S>
-X_ROPE_CLS_INLINE void rotate_token(const RopeParams& p, int64_t b, int64_t h, int64_t n) {
-  using T = Compute<S>;
-  const bool rotated = has_position(p.table, b, n);
-  if (!rotated || (p.table.cos_stride_i == 1 && p.table.sin_stride_i == 1)) {
-    rotate_one<S>(p, b, h, n, rotated, table_row_start<T>(p.table, b, h, n));
-    return;
-  }
-  const S* x = row_of<const S>(p.x, b, h, n);
-  S* y = row_of<S>(p.y, b, h, n);
-  T buffer[kChannels];
-  for (int64_t first = 0; first < p.pairs; first += kChannels / 2) {
-    const int64_t count = min_of(kChannels / 2, p.pairs - first);
-    RotaryTable part = p.table;
-    part.cos = static_cast<const T*>(part.cos) + first * part.cos_stride_i;
-    part.sin = static_cast<const T*>(part.sin) + first * part.sin_stride_i;
-    rotate_chunk<S>(p, x, y, table_row<T>(part, b, h, n, count, buffer), first, count);
-  }
-  copy_channels(x + 2 * p.pairs * p.x.stride_d, p.x.stride_d, y + 2 * p.pairs * p.y.stride_d,
-                p.y.stride_d, p.head_dim - 2 * p.pairs);
-}
-
-template <typename S>
-void rope_typed(const RopeParams& p, const Parallel& parallel) {
-  const int64_t blocks = ceil_div(p.tokens, kBlock);
-  const double elements = static_cast<double>(p.batch * p.heads) * static_cast<double>(p.tokens) *
-                          static_cast<double>(p.head_dim);
-  const int64_t workers = useful_workers(parallel.workers, elements, kElementsPerWorker);
-  const bool heads_inside = p.x.stride_h < p.x.stride_n;  // (batch, tokens, heads, channels) memory
-  run_tasks(parallel, workers, p.batch * blocks, [&](int64_t task, int64_t) {
-    const int64_t b = task / blocks;
-    const int64_t first = task % blocks * kBlock;
-    const int64_t last = min_of(first + kBlock, p.tokens);
-    if (heads_inside) {
-      for (int64_t n = first; n < last; ++n) {
-        for (int64_t h = 0; h < p.heads; ++h) rotate_token<S>(p, b, h, n);
-      }
-    } else {
-      for (int64_t h = 0; h < p.heads; ++h) {
-        for (int64_t n = first; n < last; ++n) rotate_token<S>(p, b, h, n);
-      }
-    }
-  });
+X_ROPE_CLS_INLINE double elements_of(const RopeParams& p) {
+  return static_cast<double>(p.batch * p.heads) * static_cast<double>(p.tokens) *
+         static_cast<double>(p.head_dim);
 }
 
 // dcos_i += g0 x0 + g1 x1 and dsin_i += g1 x0 - g0 x1, with the sign of the direction on dsin.
@@ -183,8 +224,32 @@ void table_grad_typed(const RopeTableGradParams& p, const Parallel& parallel) {
 
 }  // namespace
 
-void rope(const RopeParams& params, const Parallel& parallel) {
-  with_storage_type(params.dtype, [&](auto type) { rope_typed<decltype(type)>(params, parallel); });
+void rope(const RopeParams* calls, int64_t count, const Parallel& parallel) {
+  int64_t tasks = 0;
+  double elements = 0;
+  double bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    tasks += calls[i].batch * ceil_div(calls[i].tokens, kBlock);
+    elements += elements_of(calls[i]);
+    with_storage_type(calls[i].dtype, [&](auto type) {
+      bytes += elements_of(calls[i]) * static_cast<double>(sizeof(type));
+    });
+  }
+  const int64_t workers = useful_workers(parallel.workers, elements, kElementsPerWorker);
+  const bool stream = bytes >= kStreamBytes;
+  run_tasks(parallel, workers, tasks, [&](int64_t task, int64_t) {
+    const RopeParams* p = calls;
+    int64_t at = task;
+    while (at >= p->batch * ceil_div(p->tokens, kBlock)) {
+      at -= p->batch * ceil_div(p->tokens, kBlock);
+      ++p;
+    }
+    with_storage_type(p->dtype, [&](auto type) {
+      using S = decltype(type);
+      rope_task<S>(*p, at, stream && is_aligned<S>(*p));
+      if (stream) finish_streams();
+    });
+  });
 }
 
 void rope_table_grad(const RopeTableGradParams& params, const Parallel& parallel) {
