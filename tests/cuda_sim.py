@@ -31,6 +31,7 @@ SIMULATOR = ROOT / "tests" / "cudasim" / "build" / "libcudasim.so"
 BUILD = ROOT / "build" / "sim"
 OPERATORS = (
     "rope",
+    "rope_qk",
     "rope_table_grad",
     "rope_attention",
     "rope_attention_backward",

@@ -19,6 +19,7 @@ from x_rope_cls import (
     Rotary,
     RotaryEmbedding,
     apply_rope,
+    apply_rope_qk,
     late_cls_pool,
     ops,
     reference,
@@ -67,6 +68,30 @@ def test_opcheck_rope(grads, interleaved):
     torch.library.opcheck(ops.rope, (x, cos, sin, None, interleaved, True))
     grad = torch.randn_like(x)
     torch.library.opcheck(ops.rope_table_grad, (grad, x, cos.detach(), tables.rotate, interleaved, False))
+
+
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_opcheck_rope_qk(grads, interleaved):
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    rotary, rotary_k = RotaryEmbedding(6)(5, torch.arange(5) > 1), RotaryEmbedding(4)(7)
+    tensors = (q, k, rotary.cos, rotary.sin, rotary_k.cos, rotary_k.sin)
+    tensors = tuple(t.requires_grad_(grads) for t in tensors)
+    torch.library.opcheck(ops.rope_qk, (*tensors, rotary.rotate, rotary_k.rotate, interleaved, True))
+
+
+def test_compile_rope_qk():
+    torch._dynamo.reset()
+    rotary = RotaryEmbedding(6)(5, torch.arange(5) > 1)
+
+    def loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        rotated_q, rotated_k = apply_rope_qk(q, k, rotary)
+        return (rotated_q * rotated_k).sum()
+
+    q, k = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(2))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(q, k), (q, k))
+    torch.testing.assert_close(torch.autograd.grad(compiled(q, k), (q, k)), expected)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -31,6 +31,12 @@ def rope_arguments() -> dict[str, Any]:
     }
 
 
+def rope_qk_arguments() -> dict[str, Any]:
+    rest = attention_arguments()
+    names = ("q", "k", "cos_q", "sin_q", "cos_k", "sin_k", "rotate_q", "rotate_k", "interleaved")
+    return {**{name: rest[name] for name in names}, "inverse": False}
+
+
 def table_grad_arguments() -> dict[str, Any]:
     arguments = {"grad": torch.randn(B, H, N, D), **rope_arguments()}
     del arguments["sin"]
@@ -92,6 +98,7 @@ def pool_backward_arguments() -> dict[str, Any]:
 
 OPERATORS = {
     "rope": (ops.rope, rope_arguments),
+    "rope_qk": (ops.rope_qk, rope_qk_arguments),
     "rope_table_grad": (ops.rope_table_grad, table_grad_arguments),
     "rope_attention": (ops.rope_attention, attention_arguments),
     "rope_attention_backward": (ops.rope_attention_backward, backward_arguments),
@@ -171,6 +178,17 @@ def wrong(name: str) -> list[tuple[str, Any, str]]:
         ("rotate", torch.ones(N), "rotate must be torch.bool, got torch.float32"),
         ("rotate", torch.ones(N - 1, dtype=torch.bool), "rotate must be of shape (5,) or (2, 5), got (4,)"),
     ]
+    rope_qk = [
+        ("q", torch.randn(N, D), "q must be of shape (batch, heads, tokens, head_dim), got (5, 8)"),
+        ("k", torch.randn(B, HKV, M), "k must be of shape (batch, heads, tokens, head_dim), got (2, 2, 6)"),
+        ("k", torch.randn(B, HKV, M, D).half(), "k must be torch.float32, got torch.float16"),
+        ("cos_q", torch.randn(M, P), f"cos_q must be {tables}"),
+        ("cos_k", torch.randn(N, P), f"cos_k must be {tables}"),
+        ("sin_q", torch.randn(N, P + 1), "sin_q must be of shape (5, 2), got (5, 3)"),
+        ("sin_k", torch.randn(M, P).double(), "sin_k must be torch.float32, got torch.float64"),
+        ("rotate_q", torch.ones(N), "rotate_q must be torch.bool, got torch.float32"),
+        ("rotate_k", torch.ones(3, M, dtype=torch.bool), "rotate_k must be of shape (6,) or (2, 6), got (3, 6)"),
+    ]
     attention = [
         ("k", torch.randn(B, HKV, M, D + 1), "k must be of shape (2, *, *, 8), got (2, 2, 6, 9)"),
         ("k", torch.randn(B, 3, M, D), "v must be of shape (2, 3, 6, *), got (2, 2, 6, 3)"),
@@ -228,6 +246,7 @@ def wrong(name: str) -> list[tuple[str, Any, str]]:
     ]
     return {
         "rope": rope,
+        "rope_qk": rope_qk,
         "rope_table_grad": [case for case in rope if case[0] != "sin"] + grad,
         "rope_attention": attention,
         "rope_attention_backward": attention + backward,
@@ -266,7 +285,8 @@ def test_anything_wrong_is_refused_alike(name, data):
         if isinstance(value, torch.Tensor):
             shape = data.draw(st.one_of(st.just(tuple(value.shape)), st.sampled_from(SHAPES)))
             dtype = data.draw(st.one_of(st.just(value.dtype), st.sampled_from(ALL_DTYPES)))
-            optional = name not in ("rope", "rope_table_grad") and argument not in REQUIRED
+            required = argument in REQUIRED or (name == "rope_qk" and argument.startswith(("cos", "sin")))
+            optional = name not in ("rope", "rope_table_grad") and not required
             arguments[argument] = data.draw(st.sampled_from([torch.zeros(shape).to(dtype), None][: 1 + optional]))
         elif isinstance(value, bool):
             arguments[argument] = not value

@@ -11,7 +11,7 @@ from backends import each_backend, moved
 from strategies import DTYPES, LAYOUTS, Generator, RopeCase, examples, lay_out, make_tables, rope_cases
 from tolerance import assert_close
 
-from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, reference
+from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, apply_rope_qk, reference
 
 
 def in_float64(case: RopeCase) -> RopeCase:
@@ -103,6 +103,80 @@ def test_copies_for_another_device_keep_the_layout(layout):
     assert copy.stride() == t.stride()
     assert copy.data_ptr() % 16 == t.data_ptr() % 16
     assert copy.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rotary_dim", [64, 32])
+def test_outputs_too_large_for_caches(isa, threads, dtype, interleaved, rotary_dim):
+    """Large enough, and aligned, to be stored past the caches."""
+    q, k = (Generator(seed).normal(2, 8, 2100, 64, dtype=dtype) for seed in (1, 2))
+    rotary = RotaryEmbedding(rotary_dim, interleaved=interleaved)(2100, torch.arange(2100) % 7 > 0)
+    rotated = apply_rope_qk(q, k, rotary)
+    for x, out in zip((q, k), rotated, strict=True):
+        for part in (slice(0, 40), slice(2060, 2100)):
+            some = replace(rotary, cos=rotary.cos[part], sin=rotary.sin[part], rotate=rotary.rotate[part])
+            eager = reference.rope(x[:, :, part], some)
+            exact = reference.rope(x[:, :, part].double(), some.to(dtype=torch.float64))
+            assert_close(out[:, :, part], eager, exact, dtype, isa)
+        few = apply_rope(
+            x[:, :, :1000], replace(rotary, cos=rotary.cos[:1000], sin=rotary.sin[:1000], rotate=rotary.rotate[:1000])
+        )
+        assert torch.equal(out[:, :, :1000], few)
+
+
+class TestQueriesAndKeys:
+    """apply_rope_qk is apply_rope of each, in outputs and gradients."""
+
+    q, k = torch.randn(2, 4, 5, 12), torch.randn(2, 2, 7, 12)
+    rotary = RotaryEmbedding(8)(5, torch.arange(5) > 0)
+    rotary_k = RotaryEmbedding(12)(7)
+
+    def test_outputs(self, backend):
+        for inverse in (False, True):
+            q, k = apply_rope_qk(self.q, self.k, self.rotary, rotary_k=self.rotary_k, inverse=inverse)
+            assert torch.equal(q, apply_rope(self.q, self.rotary, inverse=inverse))
+            assert torch.equal(k, apply_rope(self.k, self.rotary_k, inverse=inverse))
+            assert q.transpose(1, 2).is_contiguous()
+            expected = reference.rope_qk(self.q, self.k, self.rotary, rotary_k=self.rotary_k, inverse=inverse)
+            torch.testing.assert_close((q, k), expected)
+
+    @pytest.mark.parametrize("used", ["both", "q", "k"])
+    def test_gradients(self, used):
+        def both(q, k, cos, sin, cos_k, sin_k):
+            rotary_k = replace(self.rotary_k, cos=cos_k, sin=sin_k)
+            return apply_rope_qk(q, k, replace(self.rotary, cos=cos, sin=sin), rotary_k=rotary_k)
+
+        def each(q, k, cos, sin, cos_k, sin_k):
+            rotary_k = replace(self.rotary_k, cos=cos_k, sin=sin_k)
+            return apply_rope(q, replace(self.rotary, cos=cos, sin=sin)), apply_rope(k, rotary_k)
+
+        def gradients_of(function):
+            tensors = (self.q, self.k, self.rotary.cos, self.rotary.sin, self.rotary_k.cos, self.rotary_k.sin)
+            leaves = [t.detach().clone().requires_grad_() for t in tensors]
+            out = {name: t for name, t in zip("qk", function(*leaves), strict=True) if used in ("both", name)}
+            loss = sum((t * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in out.values())
+            return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+        torch.testing.assert_close(gradients_of(both), gradients_of(each))
+
+    def test_second_derivatives(self):
+        q, k = (t[:, :1, :3].double().requires_grad_() for t in (self.q, self.k))
+        rotary = RotaryEmbedding(8)(3, torch.arange(3) > 0)
+        torch.autograd.gradcheck(lambda q, k: apply_rope_qk(q, k, rotary), (q, k))
+        torch.autograd.gradgradcheck(lambda q, k: apply_rope_qk(q, k, rotary), (q, k))
+
+    def test_tables_are_shared_where_lengths_agree(self):
+        k = self.k[:, :, :5]
+        assert torch.equal(apply_rope_qk(self.q, k, self.rotary)[1], apply_rope(k, self.rotary))
+
+    def test_arguments(self):
+        with pytest.raises(ValueError, match="apply_rope_qk: rotary_k must be given where lengths differ, got None"):
+            apply_rope_qk(self.q, self.k, self.rotary)
+        with pytest.raises(ValueError, match="apply_rope_qk: interleaved of rotary and rotary_k must be the same"):
+            apply_rope_qk(self.q, self.k, self.rotary, rotary_k=replace(self.rotary_k, interleaved=False))
+        with pytest.raises(TypeError, match="apply_rope_qk: rotary_k must be a Rotary, got tuple"):
+            apply_rope_qk(self.q, self.k, self.rotary, rotary_k=(self.rotary.cos, self.rotary.sin))
 
 
 def test_tables_of_other_dtypes_are_converted():

@@ -1,10 +1,11 @@
 """Rotary position embeddings for encoders whose CLS, memory and register tokens have no position.
 
-Operators (:func:`apply_rope`, :func:`rope_attention`, :func:`late_cls_pool`), the tables they take (:class:`Rotary` and
-the embeddings that make them), modules in which few queries pool all tokens (:class:`ClassAttention`, :class:`LateCLS`,
-:class:`AttentionPoolLatent`), the same in plain PyTorch (:mod:`x_rope_cls.reference`), and parts for x-transformers
-(:class:`Encoder`, :class:`AttentionPool`, :class:`TransformerWrapper`, :class:`ViTransformerWrapper`, :func:`swap_`,
-:func:`explain`), which are imported when first used and need x-transformers installed.
+Operators (:func:`apply_rope`, :func:`apply_rope_qk`, :func:`rope_attention`, :func:`late_cls_pool`), the tables they
+take (:class:`Rotary` and the embeddings that make them), modules in which few queries pool all tokens
+(:class:`ClassAttention`, :class:`LateCLS`, :class:`AttentionPoolLatent`), the same in plain PyTorch
+(:mod:`x_rope_cls.reference`), and parts for x-transformers (:class:`Encoder`, :class:`AttentionPool`,
+:class:`TransformerWrapper`, :class:`ViTransformerWrapper`, :func:`swap_`, :func:`explain`), which are imported when
+first used and need x-transformers installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _library.load()
 
 from . import _C, reference  # noqa: E402  (the operators must be there)
 from .class_attention import ClassAttention  # noqa: E402
-from .functional import apply_rope, late_cls_pool, rope_attention  # noqa: E402
+from .functional import apply_rope, apply_rope_qk, late_cls_pool, rope_attention  # noqa: E402
 from .late_cls import LateCLS  # noqa: E402
 from .latent_pool import AttentionPoolLatent  # noqa: E402
 from .rotary import AxialRotaryEmbedding, LearnedRotaryEmbedding, Rotary, RotaryEmbedding  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "Rotary",
     "RotaryEmbedding",
     "apply_rope",
+    "apply_rope_qk",
     "late_cls_pool",
     "reference",
     "rope_attention",

@@ -81,6 +81,30 @@ def check_rope(x: Tensor, cos: Tensor, sin: Tensor, rotate: Tensor | None) -> No
     _check_rotate("rope", "rotate", rotate, x)
 
 
+def check_rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos_q: Tensor,
+    sin_q: Tensor,
+    cos_k: Tensor,
+    sin_k: Tensor,
+    rotate_q: Tensor | None,
+    rotate_k: Tensor | None,
+) -> None:
+    """Refuses what the operator rope_qk refuses."""
+    op = "rope_qk"
+    _check_values(op, "q", q)
+    _check_dtype(op, "k", k, q.dtype)
+    _check_device(op, "k", k, q)
+    _check_values(op, "k", k)
+    _check_cos(op, "cos_q", cos_q, q)
+    _check_like(op, "sin_q", sin_q, compute_dtype(q), q, cos_q.shape)
+    _check_cos(op, "cos_k", cos_k, k)
+    _check_like(op, "sin_k", sin_k, compute_dtype(q), q, cos_k.shape)
+    _check_rotate(op, "rotate_q", rotate_q, q)
+    _check_rotate(op, "rotate_k", rotate_k, k)
+
+
 def check_rope_table_grad(grad: Tensor, x: Tensor, cos: Tensor, rotate: Tensor | None) -> None:
     """Refuses what the operator rope_table_grad refuses."""
     op = "rope_table_grad"

@@ -38,6 +38,37 @@ def apply_rope(x: Tensor, rotary: Rotary, *, inverse: bool = False) -> Tensor:
     return rotated
 
 
+def apply_rope_qk(
+    q: Tensor, k: Tensor, rotary: Rotary, *, rotary_k: Rotary | None = None, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`apply_rope` of queries and keys in one call.
+
+    Args:
+        q: (batch, heads, queries, head_dim), float32, float64, bfloat16 or float16, any strides.
+        k: (batch, key_heads, keys, head_dim), dtype of q.
+        rotary: tables of the queries.
+        rotary_k: tables of the keys; None: those of the queries, if there are as many keys.
+        inverse: multiply by the transpose, which undoes a pure rotation.
+
+    Returns:
+        q and k rotated, each in (batch, tokens, heads, head_dim) memory order.
+
+    Raises:
+        TypeError: rotary or rotary_k is not a Rotary.
+        ValueError: rotary_k is missing where lengths differ, or the layouts differ.
+        RuntimeError: from the operator, on shapes or dtypes that do not fit; it says what was expected and what came.
+    """
+    rotary_k = _key_rotary("apply_rope_qk", q, k, rotary, rotary_k)
+    cos_q, sin_q = _tables(rotary, q)
+    cos_k, sin_k = (cos_q, sin_q) if rotary_k is rotary else _tables(rotary_k, k)
+    rotated_q: Tensor
+    rotated_k: Tensor
+    rotated_q, rotated_k = ops.rope_qk(
+        q, k, cos_q, sin_q, cos_k, sin_k, rotary.rotate, rotary_k.rotate, rotary.interleaved, inverse
+    )
+    return rotated_q, rotated_k
+
+
 @overload
 def rope_attention(
     q: Tensor,
@@ -123,7 +154,7 @@ def rope_attention(
     tables: tuple[Tensor | None, ...] = (None,) * 4
     rotate: tuple[Tensor | None, ...] = (None,) * 2
     if rotary is not None:
-        rotary_k = _key_rotary(q, k, rotary, rotary_k)
+        rotary_k = _key_rotary("rope_attention", q, k, rotary, rotary_k)
         tables_q = _tables(rotary, q)
         tables = (*tables_q, *(tables_q if rotary_k is rotary else _tables(rotary_k, k)))
         if cls_rope != "rotate":
@@ -225,18 +256,18 @@ def _check_rotary(owner: str, what: str, rotary: Rotary) -> None:
         raise TypeError(f"{owner}: {what} must be a Rotary, got {type(rotary).__name__}")
 
 
-def _key_rotary(q: Tensor, k: Tensor, rotary: Rotary, rotary_k: Rotary | None) -> Rotary:
+def _key_rotary(owner: str, q: Tensor, k: Tensor, rotary: Rotary, rotary_k: Rotary | None) -> Rotary:
     """The tables of the keys: those given, or those of the queries where there are as many keys."""
-    _check_rotary("rope_attention", "rotary", rotary)
+    _check_rotary(owner, "rotary", rotary)
     if rotary_k is None:
         if q.shape[-2:-1] != k.shape[-2:-1]:
             lengths = f"{q.shape[-2]} queries and {k.shape[-2]} keys"
-            raise ValueError(f"rope_attention: rotary_k must be given where lengths differ, got None at {lengths}")
+            raise ValueError(f"{owner}: rotary_k must be given where lengths differ, got None at {lengths}")
         return rotary
-    _check_rotary("rope_attention", "rotary_k", rotary_k)
+    _check_rotary(owner, "rotary_k", rotary_k)
     if rotary_k.interleaved != rotary.interleaved:
         layouts = f"{rotary.interleaved} and {rotary_k.interleaved}"
-        raise ValueError(f"rope_attention: interleaved of rotary and rotary_k must be the same, got {layouts}")
+        raise ValueError(f"{owner}: interleaved of rotary and rotary_k must be the same, got {layouts}")
     return rotary_k
 
 

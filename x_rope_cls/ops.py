@@ -17,6 +17,7 @@ from . import _op_checks as checks
 _Grads = tuple[Tensor | None, ...]
 
 rope = torch.ops.x_rope_cls.rope.default
+rope_qk = torch.ops.x_rope_cls.rope_qk.default
 rope_table_grad = torch.ops.x_rope_cls.rope_table_grad.default
 rope_attention = torch.ops.x_rope_cls.rope_attention.default
 rope_attention_backward = torch.ops.x_rope_cls.rope_attention_backward.default
@@ -68,6 +69,23 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, rotate: Tensor | None, inter
     return _tokens_outside_heads(x, x.shape[-1])
 
 
+@torch.library.register_fake("x_rope_cls::rope_qk")
+def _rope_qk_fake(
+    q: Tensor,
+    k: Tensor,
+    cos_q: Tensor,
+    sin_q: Tensor,
+    cos_k: Tensor,
+    sin_k: Tensor,
+    rotate_q: Tensor | None,
+    rotate_k: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    checks.check_rope_qk(q, k, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k)
+    return _tokens_outside_heads(q, q.shape[-1]), _tokens_outside_heads(k, k.shape[-1])
+
+
 @torch.library.register_fake("x_rope_cls::rope_table_grad")
 def _rope_table_grad_fake(
     grad: Tensor, x: Tensor, cos: Tensor, rotate: Tensor | None, interleaved: bool, inverse: bool
@@ -94,6 +112,35 @@ class _Rope(torch.autograd.Function):
         if x is not None:
             dcos, dsin = rope_table_grad(grad, x, cos, rotate, ctx.interleaved, ctx.inverse)
         return None, dx, dcos, dsin, None, None, None
+
+
+class _RopeQK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        q, k, *tables, ctx.interleaved, ctx.inverse = args
+        needs = ctx.needs_input_grad[1:]
+        ctx.save_for_backward(q if any(needs[2:4]) else None, k if any(needs[4:6]) else None, *tables)
+        ctx.set_materialize_grads(False)
+        rotated_q, rotated_k = _below_autograd(rope_qk, keyset, args)
+        return rotated_q, rotated_k
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> _Grads:
+        q, k, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k = ctx.saved_tensors
+        layout, inverse, needs = ctx.interleaved, ctx.inverse, ctx.needs_input_grad[1:]
+        dq = dk = dcos_q = dsin_q = dcos_k = dsin_k = None
+        want_q, want_k = needs[0] and grad_q is not None, needs[1] and grad_k is not None
+        if want_q and want_k:
+            dq, dk = rope_qk(grad_q, grad_k, cos_q, sin_q, cos_k, sin_k, rotate_q, rotate_k, layout, not inverse)
+        elif want_q:
+            dq = rope(grad_q, cos_q, sin_q, rotate_q, layout, not inverse)
+        elif want_k:
+            dk = rope(grad_k, cos_k, sin_k, rotate_k, layout, not inverse)
+        if q is not None and grad_q is not None:
+            dcos_q, dsin_q = rope_table_grad(grad_q, q, cos_q, rotate_q, layout, inverse)
+        if k is not None and grad_k is not None:
+            dcos_k, dsin_k = rope_table_grad(grad_k, k, cos_k, rotate_k, layout, inverse)
+        return None, dq, dk, dcos_q, dsin_q, dcos_k, dsin_k, None, None, None, None
 
 
 class _RopeTableGrad(torch.autograd.Function):
@@ -124,6 +171,7 @@ class _RopeTableGrad(torch.autograd.Function):
 
 
 _register_autograd(rope, _Rope)
+_register_autograd(rope_qk, _RopeQK)
 _register_autograd(rope_table_grad, _RopeTableGrad)
 
 

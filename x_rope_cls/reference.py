@@ -50,6 +50,13 @@ def rope(x: Tensor, rotary: Rotary, *, inverse: bool = False) -> Tensor:
     return torch.where(_per_batch(rotary.rotate)[:, None, :, None], rotated, x)
 
 
+def rope_qk(
+    q: Tensor, k: Tensor, rotary: Rotary, *, rotary_k: Rotary | None = None, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """:func:`rope` of queries and of keys; ``rotary_k``: None, tables of the queries."""
+    return rope(q, rotary, inverse=inverse), rope(k, rotary if rotary_k is None else rotary_k, inverse=inverse)
+
+
 @overload
 def rope_attention(
     q: Tensor,

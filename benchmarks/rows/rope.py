@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from x_rope_cls import RotaryEmbedding, apply_rope
+from x_rope_cls import RotaryEmbedding, apply_rope_qk
 
 from ..case import TOLERANCE, Case, Row, Side, Work, name_of
 
@@ -56,4 +56,4 @@ def _build(shape: tuple[int, int, int, int], rotary_dim: int, dtype: torch.dtype
             Side("rotary-embedding-torch", lambda: (other.rotate_queries_or_keys(q), other.rotate_queries_or_keys(k)))
         )
     size = q.numel() * q.element_size()
-    return Case(lambda: (apply_rope(q, rotary), apply_rope(k, rotary)), peers, Work(copied=4 * size))
+    return Case(lambda: apply_rope_qk(q, k, rotary), peers, Work(copied=4 * size))
