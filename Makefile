@@ -6,6 +6,7 @@
 #   make bench     times everything beside its peers and the machine's limits (BENCH_FLAGS=--quick: 2 minutes)
 #   make bench-native  micro-benchmarks of the kernels alone; needs Google Benchmark
 #   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make cuda-report  what is known of the CUDA kernels without a GPU, into docs/cuda.md; needs nvcc
 #   make test-next-torch  the binary built for one torch, tested on a later one
 #   make test-old-x-transformers  the adapter on the oldest x-transformers it supports
 
@@ -35,11 +36,11 @@ bin := $(VENV)/bin
 pip := $(bin)/python -m pip install -q --disable-pip-version-check $(PIP_FLAGS)
 native_sources := $(shell find csrc cmake -type f) CMakeLists.txt
 cpp_sources := $(shell find csrc examples tests benchmarks -path tests/cudasim -prune -o \( -name "*.h" -o -name "*.cpp" -o -name "*.cuh" -o -name "*.cu" \) -print)
-python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples)
+python_sources := x_rope_cls tests setup.py $(wildcard benchmarks examples tools)
 quick_tests := $(addprefix tests/test_,build.py dispatcher.py errors.py rope.py attention_forward.py attention_backward.py \
     late_cls_pool_forward.py late_cls_pool_dispatcher.py)
 
-.PHONY: demo test build bench bench-native lint format sanitize test-next-torch test-old-x-transformers clean
+.PHONY: demo test build bench bench-native lint format sanitize cuda-report test-next-torch test-old-x-transformers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-build
@@ -108,6 +109,16 @@ sanitize: $(VENV)/.stamp-torch
 	    -DX_ROPE_CLS_SANITIZE=address,undefined
 	$(bin)/cmake --build build/sanitize --parallel $(JOBS)
 	build/sanitize/tests/native/kernels_test
+
+# ---- CUDA without a GPU --------------------------------------------------------------------------
+
+$(VENV)/.stamp-cuda: Makefile | $(VENV)/.stamp-test
+	$(pip) nvidia-cuda-nvdisasm
+	@touch $@
+
+cuda-report: $(VENV)/.stamp-cuda $(VENV)/.stamp-build
+	PATH="$(abspath $(bin)):$$PATH" $(bin)/python tools/cuda_report.py --library-build build/cuda-report \
+	    --nvdisasm "$$(find $(VENV)/lib -name nvdisasm -type f | head -1)"
 
 # ---- the same binary on a later torch ------------------------------------------------------------
 

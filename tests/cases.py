@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from backends import each_backend
 from strategies import AttentionCase
 from tolerance import SLACK, assert_close, gradient_slack
 from torch import Tensor
 
-from x_rope_cls import _C, Rotary, reference
+from x_rope_cls import Rotary, reference
 
 CODES = {"rotate": 0, "skip": 1, "mask": 2}
 
@@ -73,15 +73,9 @@ def forward_backward(
     return tuple(o.detach() for o in outputs), dict(zip(leaves, gradients, strict=True))
 
 
-def each_isa() -> Iterator[str]:
-    """Switches to every instruction set in turn; for tests whose reference is dear, in place of the fixture `isa`."""
-    chosen = _C.cpu_isa()
-    try:
-        for name in _C.cpu_isas():
-            _C.set_cpu_isa(name)
-            yield name
-    finally:
-        _C.set_cpu_isa(chosen)
+def work(case: AttentionCase) -> float:
+    """Multiplications of one forward pass."""
+    return case.q.shape[:3].numel() * case.k.shape[2] * (case.q.shape[3] + case.v.shape[3])
 
 
 def check_forward(case: AttentionCase, scores: float = 0.0) -> None:
@@ -93,13 +87,13 @@ def check_forward(case: AttentionCase, scores: float = 0.0) -> None:
     """
     slack = SLACK[case.q.dtype] * max(1.0, scores / 32)
     eager, exact = call_reference(case), call_reference(in_float64(case))
-    for isa in each_isa():
+    for backend in each_backend(work(case)):
         out, lse = call_operator(case)
         assert out.dtype == case.q.dtype
         assert out.transpose(1, 2).is_contiguous()
         assert lse.is_contiguous()
-        assert_close(out, eager[0], exact[0], case.q.dtype, f"{isa}: out", slack)
-        assert_close(lse, eager[1], exact[1], case.q.dtype, f"{isa}: lse", slack)
+        assert_close(out, eager[0], exact[0], case.q.dtype, f"{backend}: out", slack)
+        assert_close(lse, eager[1], exact[1], case.q.dtype, f"{backend}: lse", slack)
 
 
 def check_backward(case: AttentionCase, use_out: bool = True, use_lse: bool = True) -> None:
@@ -108,14 +102,14 @@ def check_backward(case: AttentionCase, use_out: bool = True, use_lse: bool = Tr
     weights = (weights[0] if use_out else None, weights[1] if use_lse else None)
     eager, eager_gradients = forward_backward(call_reference, case, weights)
     exact, exact_gradients = forward_backward(call_reference, in_float64(case), weights)
-    for isa in each_isa():
+    for backend in each_backend(4 * work(case)):
         outputs, gradients = forward_backward(call_operator, case, weights)
         for name, *of in zip(("out", "lse"), outputs, eager, exact, strict=True):
-            assert_close(*of, case.q.dtype, f"{isa}: {name}")
+            assert_close(*of, case.q.dtype, f"{backend}: {name}")
         for name, gradient in gradients.items():
             assert gradient.dtype == case.differentiable()[name].dtype
             of = (gradient, eager_gradients[name], exact_gradients[name])
             summands = (
                 case.q.shape[:3].numel() * case.k.shape[2] / max(gradient.numel(), 1) if name == "attn_mask" else 1
             )
-            assert_close(*of, case.q.dtype, f"{isa}: gradient of {name}", gradient_slack(case.q.dtype, summands))
+            assert_close(*of, case.q.dtype, f"{backend}: gradient of {name}", gradient_slack(case.q.dtype, summands))

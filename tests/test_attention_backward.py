@@ -54,7 +54,7 @@ def test_layouts_of_memory(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_the_output_gradient(isa, layout):
+def test_layouts_of_the_output_gradient(backend, layout):
     case = model_case(33, 47, "mask", D=24, Dv=17)
     weight, lse_weight = output_weights(case)
     weight = lay_out(weight, layout)
@@ -72,7 +72,7 @@ def test_head_dims(D):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_keys_never_matter_and_get_no_gradient(isa, bad, dtype):
+def test_masked_keys_never_matter_and_get_no_gradient(backend, bad, dtype):
     case = model_case(40, 150, "mask", dtype, D=16, Dv=8)
     key_mask = Generator(5).chance(0.6, 2, 150)
     weights = output_weights(case)
@@ -87,7 +87,7 @@ def test_masked_keys_never_matter_and_get_no_gradient(isa, bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_keys_give_and_get_nothing(isa, dtype):
+def test_rows_without_keys_give_and_get_nothing(backend, dtype):
     case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
     bias = torch.zeros(20, 30)
     bias[7] = -torch.inf
@@ -134,7 +134,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 @pytest.mark.parametrize("heads", [None, 2])
 @pytest.mark.parametrize("cls_rope", MODES)
-def test_learned_frequencies_get_gradients(isa, heads, cls_rope):
+def test_learned_frequencies_get_gradients(backend, heads, cls_rope):
     """One table serves queries and keys: their gradients add up."""
     case = model_case(12, 12, cls_rope, torch.float32, D=8, Dv=8)
     embedding = LearnedRotaryEmbedding(8, num_axes=2, heads=heads, num_prefix_tokens=3)

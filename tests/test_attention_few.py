@@ -70,7 +70,7 @@ def test_layouts_of_memory(layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_keys_never_matter(isa, dtype):
+def test_masked_keys_never_matter(backend, dtype):
     case = model_case(2, 900, "mask", dtype, D=16, Dv=8)
     key_mask = Generator(5).chance(0.6, 2, 900)
     key_mask[0, 100:800] = False
@@ -81,7 +81,7 @@ def test_masked_keys_never_matter(isa, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_batch_without_keys(isa):
+def test_a_batch_without_keys(backend):
     case = model_case(2, 900, "mask")
     out, lse = call_operator(replace(case, key_mask=torch.tensor([[True], [False]]).expand(2, 900)))
     assert (out[1] == 0).all()
@@ -89,7 +89,7 @@ def test_a_batch_without_keys(isa):
     assert out[0].isfinite().all()
 
 
-def test_not_a_number_in_one_part_is_seen(isa):
+def test_not_a_number_in_one_part_is_seen(backend):
     case = model_case(2, 1500, "mask")
     case.k[0, 0, 700] = torch.nan
     out, _ = call_operator(case)

@@ -118,7 +118,7 @@ def test_increasing_and_decreasing_scores():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cls_rope", MODES)
-def test_nan_in_a_query_stays_in_its_row(isa, dtype, cls_rope):
+def test_nan_in_a_query_stays_in_its_row(backend, dtype, cls_rope):
     case = model_case(20, 30, cls_rope, dtype, D=16, Dv=8)
     clean, _ = call_operator(case)
     case.q[0, 1, 5, 3] = torch.nan
@@ -130,7 +130,7 @@ def test_nan_in_a_query_stays_in_its_row(isa, dtype, cls_rope):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_in_a_key_reaches_every_query(isa, dtype):
+def test_nan_in_a_key_reaches_every_query(backend, dtype):
     case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
     case.k[1, 0, 29, 15] = torch.nan
     out, lse = call_operator(case)
@@ -143,7 +143,7 @@ def test_nan_in_a_key_reaches_every_query(isa, dtype):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [3, 150])
-def test_masked_keys_never_matter(isa, bad, dtype, N):
+def test_masked_keys_never_matter(backend, bad, dtype, N):
     case = model_case(N, 150, "mask", dtype, D=16, Dv=8)
     key_mask = Generator(5).chance(0.6, 2, 150)
     expected = call_operator(replace(case, key_mask=key_mask))
@@ -155,7 +155,7 @@ def test_masked_keys_never_matter(isa, bad, dtype, N):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_keys(isa, dtype):
+def test_rows_without_keys(backend, dtype):
     case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
     bias = torch.zeros(20, 30)
     bias[7] = -torch.inf

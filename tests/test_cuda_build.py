@@ -93,7 +93,6 @@ def test_library_needs_nothing_of_torch_but_the_stable_abi(library: Path) -> Non
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.skipif((ROOT / "csrc/kernels/cuda/missing.cpp").exists(), reason="launchers are being added")
 def test_library_registers_every_operator_for_cuda(library: Path) -> None:
     """Also in a process whose torch has no CUDA, where nobody calls them."""
     names = repr(cuda_sim.OPERATORS)

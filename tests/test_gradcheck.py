@@ -43,7 +43,7 @@ def test_rope_third_derivative():
 
 @pytest.mark.parametrize("cls_rope", MODES)
 @pytest.mark.parametrize("options", ["plain", "bias", "bool", "keys", "dropout", "tables"])
-def test_attention(isa, cls_rope, options):
+def test_attention(backend, cls_rope, options):
     generator = Generator(2)
     B, H, Hkv, N, M, D, Dv = 2, 2, 1, 3, 4, 5, 2
     q, k, v = (leaf(generator.normal(*s)) for s in ((B, H, N, D), (B, Hkv, M, D), (B, Hkv, M, Dv)))

@@ -54,12 +54,10 @@ inline void implement_operators(torch::stable::detail::StableLibrary& m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("rope_qk", TORCH_BOX(&rope_qk));
   m.impl("rope_table_grad", TORCH_BOX(&rope_table_grad));
-#ifndef X_ROPE_CLS_PARTIAL_CUDA
   m.impl("rope_attention", TORCH_BOX(&rope_attention));
   m.impl("rope_attention_backward", TORCH_BOX(&rope_attention_backward));
   m.impl("late_cls_pool", TORCH_BOX(&late_cls_pool));
   m.impl("late_cls_pool_backward", TORCH_BOX(&late_cls_pool_backward));
-#endif
 }
 
 }  // namespace x_rope_cls::ops
