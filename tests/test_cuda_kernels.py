@@ -26,7 +26,7 @@ def simulator() -> Iterator[cuda_sim.Simulator]:
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize(("kind", "cases"), [("rope", 200), ("attention", 40), ("pooling", 100)])
 def test_native_cases(simulator, kind, cases, check):
-    """Random shapes, strides and masks against plain loops, without torch; also in place, and two tensors in a launch."""
+    """Random shapes, strides and masks against plain loops; also in place, and two tensors in a launch."""
     program = cuda_sim.BUILD / "tests" / "sim" / "cuda_kernels_test"
     environment = {"CUDASIM_HOST_POINTERS": "1", "CUDASIM_THREADS": "1", **CHECKS[check]}
     first = {"plain": "0", "race": "10000", "truncate": "20000"}[check]

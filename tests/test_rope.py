@@ -72,10 +72,11 @@ def test_layouts_of_memory(backend, layout, dtype):
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64])
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_numbers_of_pairs(backend, pairs, interleaved):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_of_pairs(backend, dtype, pairs, interleaved):
     """Every way to fill a vector, with and without channels behind."""
-    for head_dim in (2 * pairs, 2 * pairs + 1):
-        x = Generator(2).normal(1, 2, 5, head_dim, dtype=torch.float32)
+    for head_dim in (2 * pairs, 2 * pairs + 1, 2 * pairs + 16):
+        x = Generator(2).normal(1, 2, 5, head_dim, dtype=dtype)
         cos, sin = make_tables("shared", Generator(3), 1, 2, 5, pairs, torch.float32)
         rotary = Rotary(cos, sin, None, interleaved)
         torch.testing.assert_close(apply_rope(x, rotary), reference.rope(x, rotary))
