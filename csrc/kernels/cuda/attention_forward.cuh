@@ -502,8 +502,10 @@ struct ForwardKernel {
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) {
-        *reinterpret_cast<float2*>(sums + row * kPitch + 8 * n + lane % 4 * 2) =
-            make_float2(state.out[0][n][2 * half], state.out[0][n][2 * half + 1]);
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(
+                         keys + (row * kPitch + 8 * n + lane % 4 * 2) * 4),
+                     "f"(state.out[0][n][2 * half]), "f"(state.out[0][n][2 * half + 1])
+                     : "memory");
       }
     }
     __syncthreads();

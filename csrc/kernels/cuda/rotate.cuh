@@ -93,12 +93,69 @@ __device__ __forceinline__ Pair pair_of(const Angles<C>& a, int32_t c) {
   return {second ? c - a.pairs : c, second ? c - a.pairs : c + a.pairs, second};
 }
 
+// cos or sin of pairs first ... first + kCount - 1, in pieces of 16 bytes where they can be.
+template <typename C, int kCount>
+__device__ __forceinline__ void load_angles(const C* from, int64_t stride, int32_t first,
+                                            C (&angles)[kCount]) {
+  constexpr int kStep = 16 / static_cast<int>(sizeof(C));
+  const C* const at = from + first * stride;
+  if (kCount % kStep == 0 && stride == 1 && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += kStep) {
+      const Piece<C> piece = *reinterpret_cast<const Piece<C>*>(at + i);
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) angles[i + j] = piece.values[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) angles[i] = at[i * stride];
+}
+
+// rotate_piece where the whole piece is rotated and, unless interleaved, lies in one half of the
+// channels: its angles are neighbours.
+template <typename C, int kCount, typename Partner>
+__device__ __forceinline__ void rotate_whole_piece(C (&x)[kCount], const Angles<C>& a,
+                                                   int32_t first, bool inverse,
+                                                   const Partner& partner) {
+  if (a.interleaved) {
+    C cosine[kCount / 2];
+    C sine[kCount / 2];
+    load_angles(a.cos, a.cos_stride, first / 2, cosine);
+    load_angles(a.sin, a.sin_stride, first / 2, sine);
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      const C s = inverse ? -sine[i] : sine[i];
+      const C even = x[2 * i];
+      const C odd = x[2 * i + 1];
+      x[2 * i] = even * cosine[i] - odd * s;
+      x[2 * i + 1] = odd * cosine[i] + even * s;
+    }
+    return;
+  }
+  const bool second = first >= a.pairs;
+  const int32_t pair = second ? first - a.pairs : first;
+  C cosine[kCount];
+  C sine[kCount];
+  load_angles(a.cos, a.cos_stride, pair, cosine);
+  load_angles(a.sin, a.sin_stride, pair, sine);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const C s = second != inverse ? sine[i] : -sine[i];
+    x[i] = x[i] * cosine[i] + partner(i, second ? pair + i : first + a.pairs + i) * s;
+  }
+}
+
 // The piece rotated by the angles (inverse: by their negatives), in the compute type. `partners`
 // reads channel c of the same row as it was before the rotation.
 template <typename C, int kCount, typename Partner>
 __device__ __forceinline__ void rotate_piece(C (&x)[kCount], const Angles<C>& a, int32_t first,
                                              bool inverse, const Partner& partner) {
   if (a.cos == nullptr) return;
+  const bool one_half = first + kCount <= a.pairs || first >= a.pairs;
+  if (first + kCount <= 2 * a.pairs && (a.interleaved || one_half)) {
+    return rotate_whole_piece(x, a, first, inverse, partner);
+  }
   C rotated[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
