@@ -94,10 +94,15 @@ template <typename S>
 cudaError_t backward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
   const PoolParams& p = call.p();
   const Tensor3& dx = call.g.dx;
-  const cudaError_t error = stack_rows(call, true, stream);
-  if (error != cudaSuccess) return error;
-  return launch_tiles(backward_tiles_kernel<S>, call, stream, has_whole_pieces<S>(p.x, p.channels),
-                      has_whole_pieces<S>(dx, p.channels));
+  const bool whole = has_whole_pieces<S>(p.x, p.channels);
+  const bool whole_grads = has_whole_pieces<S>(dx, p.channels);
+  cudaError_t error = stack_rows(call, true, stream);
+  if (error == cudaSuccess) {
+    error =
+        launch_tiles(backward_tiles_kernel<S>, call, call.plan.groups, stream, whole, whole_grads);
+  }
+  if (error != cudaSuccess || call.plan.groups == 1 || dx.data == nullptr) return error;
+  return launch_tiles(token_grads_kernel<S>, call, 1, stream, whole, whole_grads);
 }
 
 template <typename S>

@@ -6,6 +6,9 @@
 // of dx, whose right operand are the stacked rows. dx replaces the tile in shared memory, so that
 // it is stored 16 bytes at a time.
 //
+// More than 16 rows take a block a group of 16 for the sums, and dx another kernel, which adds up
+// the groups in registers.
+//
 // A normalisation costs no sums over channels of dx: those that its gradient needs, of dx' and of
 // dx' x', are sums over rows of p and ds times means of the stacked rows or times scores.
 #pragma once
@@ -99,69 +102,90 @@ __device__ void score_grads(const BackwardShared& s, int first_row, int lane, in
   s.weight_sum[row] += weight_sum;
 }
 
-// dx of the tile's tokens: takes the place of the tile, then goes to memory. `inverse`: of token
-// lane % 16.
-template <typename S, typename Tiles>
-__device__ void token_grads(const PoolCall<S>& call, const BackwardShared& s, const Tiles& tiles,
-                            int64_t start, char* tile, uint32_t counts, float inverse, int rows,
-                            bool whole) {
-  constexpr int kSlab = kPoolBackwardSlab;
-  const int lane = forget(tiles.lane);
-  const MatrixLane left = pieces_first(lane), right = rows_first(lane);
-  const uint32_t rows_of_stack = lane_address<kSlab>(s.stack, right);
-  uint32_t weight[2][4];
-#pragma unroll
-  for (int kind = 0; kind < 2; ++kind) {
-    load_matrices_transposed(weight[kind], shared_address(s.weights) + kind * kWeightBytes +
-                                               weight_offset(left.row, 8 * left.piece));
-  }
-  float by[2], level[2] = {0.0F, 0.0F}, along[2] = {0.0F, 0.0F};
+// What dx of the two tokens of a lane needs beside products: the inverse spread, and sums over rows
+// that its mean and its part along the token come to.
+struct TokenSums {
+  float by[2], level[2], along[2];
   bool is_there[2];
+
+  // inverse: of token lane % 16.
+  __device__ TokenSums(uint32_t counts, float inverse, int lane) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int token = lane / 4 + 8 * half;
-    is_there[half] = (counts >> token & 1) != 0;
-    by[half] = __shfl_sync(kAllLanes, inverse, token);
-    for (int row = 0; row < rows && call.plan.normalised; row += 4) {
-      const float2 sums = s.token_sums[row / 4 * kPoolTokens + token];
-      level[half] += sums.x;
-      along[half] += sums.y;
+    for (int half = 0; half < 2; ++half) {
+      const int token = lane / 4 + 8 * half;
+      is_there[half] = (counts >> token & 1) != 0;
+      by[half] = __shfl_sync(kAllLanes, inverse, token);
+      level[half] = along[half] = 0.0F;
     }
   }
-#pragma unroll 1
-  for (int j = 0; j < kSlab / 16; ++j) {
-    float d[2][4] = {};
+  __device__ void add(const BackwardShared& s, int rows, int lane) {
 #pragma unroll
-    for (int kind = 0; kind < 2; ++kind) {
-      uint32_t stacked[4];
-      load_matrices_transposed(stacked, (rows_of_stack ^ 32 * j) + kind * kStackBytes);
-      multiply_add<S>(d[0], weight[kind], stacked[0], stacked[1]);
-      multiply_add<S>(d[1], weight[kind], stacked[2], stacked[3]);
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float a = d[part][2 * half], b = d[part][2 * half + 1];
-        auto* const at = reinterpret_cast<uint32_t*>(
-            tile + tile_offset<kSlab>(lane / 4 + 8 * half, 2 * j + part) + lane % 4 * 4);
-        if (call.plan.normalised) {
-          const float2 x = unpack_pair<S>(*at);
-          a = (a - level[half] - x.x * along[half]) * by[half];
-          b = (b - level[half] - x.y * along[half]) * by[half];
-        }
-        *at = is_there[half] ? pack_pair<S>(a, b) : 0U;
+    for (int half = 0; half < 2; ++half) {
+      for (int row = 0; row < rows; row += 4) {
+        const float2 sums = s.token_sums[row / 4 * kPoolTokens + lane / 4 + 8 * half];
+        level[half] += sums.x;
+        along[half] += sums.y;
       }
     }
   }
-  __syncwarp();
+};
+
+// Weights with their tokens as rows: a left operand of dx.
+__device__ __forceinline__ void load_token_weights(const BackwardShared& s, int lane,
+                                                   uint32_t (&weight)[2][4]) {
+  const MatrixLane at = pieces_first(lane);
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+    load_matrices_transposed(weight[kind], shared_address(s.weights) + kind * kWeightBytes +
+                                               weight_offset(at.row, 8 * at.piece));
+  }
+}
+
+// d (16 tokens, two times 8 channels) += weights times stacked rows.
+template <typename S>
+__device__ __forceinline__ void add_rows(uint32_t stack, int j, const uint32_t (&weight)[2][4],
+                                         float (&d)[2][4]) {
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+    uint32_t stacked[4];
+    load_matrices_transposed(stacked, (stack ^ 32 * j) + kind * kStackBytes);
+    multiply_add<S>(d[0], weight[kind], stacked[0], stacked[1]);
+    multiply_add<S>(d[1], weight[kind], stacked[2], stacked[3]);
+  }
+}
+
+// Two pieces of dx to the tile, whose place they take.
+template <typename S>
+__device__ __forceinline__ void place_token_grads(char* tile, int j, int lane, bool normalised,
+                                                  const TokenSums& sums, const float (&d)[2][4]) {
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float a = d[part][2 * half], b = d[part][2 * half + 1];
+      auto* const at = reinterpret_cast<uint32_t*>(
+          tile + tile_offset<kPoolBackwardSlab>(lane / 4 + 8 * half, 2 * j + part) + lane % 4 * 4);
+      if (normalised) {
+        const float2 x = unpack_pair<S>(*at);
+        a = (a - sums.level[half] - x.x * sums.along[half]) * sums.by[half];
+        b = (b - sums.level[half] - x.y * sums.along[half]) * sums.by[half];
+      }
+      *at = sums.is_there[half] ? pack_pair<S>(a, b) : 0U;
+    }
+  }
+}
+
+// A tile of dx to memory. start: its first token.
+template <typename S, typename Tiles>
+__device__ void store_token_grads(const PoolCall<S>& call, const Tiles& tiles, int start,
+                                  const char* tile, bool whole) {
   const Tensor3& dx = call.g.dx;
   const int64_t channels = call.p().channels, c = tiles.channel + tiles.piece() * 8;
 #pragma unroll
   for (int i = 0; i < kPoolTokens / Tiles::kTokensAtOnce; ++i) {
-    const int64_t n = start + tiles.token(i);
+    const int n = start + tiles.token(i);
     if (n >= tiles.place.last || c >= channels) continue;
-    const char* const from = tile + tile_offset<kSlab>(tiles.token(i), tiles.piece());
+    const char* const from = tile + tile_offset<kPoolBackwardSlab>(tiles.token(i), tiles.piece());
     S* const to =
         static_cast<S*>(dx.data) + tiles.place.b * dx.stride_b + n * dx.stride_n + c * dx.stride_c;
     if (whole) {
@@ -170,6 +194,27 @@ __device__ void token_grads(const PoolCall<S>& call, const BackwardShared& s, co
       store_elements(to, dx.stride_c, from, channels - c);
     }
   }
+}
+
+// dx of the tile's tokens: takes the place of the tile, then goes to memory.
+template <typename S, typename Tiles>
+__device__ void token_grads(const PoolCall<S>& call, const BackwardShared& s, const Tiles& tiles,
+                            int start, char* tile, uint32_t counts, float inverse, int rows,
+                            bool whole) {
+  const int lane = forget(tiles.lane);
+  uint32_t weight[2][4];
+  load_token_weights(s, lane, weight);
+  TokenSums sums(counts, inverse, lane);
+  if (call.plan.normalised) sums.add(s, rows, lane);
+  const uint32_t stack = lane_address<kPoolBackwardSlab>(s.stack, rows_first(lane));
+#pragma unroll 1
+  for (int j = 0; j < kPoolBackwardSlab / 16; ++j) {
+    float d[2][4] = {};
+    add_rows<S>(stack, j, weight, d);
+    place_token_grads<S>(tile, j, lane, call.plan.normalised, sums, d);
+  }
+  __syncwarp();
+  store_token_grads(call, tiles, start, tile, whole);
 }
 
 // out += weights times the tile, a tensor-core product along the tokens.
@@ -227,12 +272,26 @@ __device__ void store_split(const PoolCall<S>& call, const PoolPlace& place, int
   for (int half = 0; half < 2; ++half) {
     const int row = lane / 4 + 8 * half;
     if (row >= rows) continue;
-    float* const to = call.sums(place.b, place.split, row, kind);
+    float* const to = call.sums(place.b, place.split, place.group * kPoolRows + row, kind);
 #pragma unroll
     for (int j = 0; j < kPoolBackwardSlab / 8; ++j) {
       store_sums(out[j][2 * half], out[j][2 * half + 1], channel + j * 8 + lane % 4 * 2,
                  call.p().channels, to);
     }
+  }
+}
+
+// Constants of a group's rows. Rows of padding have nothing to attend to.
+template <typename S>
+__device__ void copy_constants(const PoolCall<S>& call, int64_t b, int group,
+                               const BackwardShared& s) {
+  const int64_t left = call.plan.rows - static_cast<int64_t>(group) * kPoolRows;
+  const float* const from =
+      call.constants() + (b * call.plan.rows + group * kPoolRows) * kPoolConstants;
+  for (int i = static_cast<int>(threadIdx.x); i < kPoolConstants * kPoolRows; i += blockDim.x) {
+    const int which = i % kPoolConstants;
+    const float padding = which == kShift ? INFINITY : 0.0F;
+    s.constants[i] = i / kPoolConstants < left && which <= kGradMean ? from[i] : padding;
   }
 }
 
@@ -244,15 +303,18 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   extern __shared__ __align__(256) char memory[];
   const PoolPlan& plan = call.plan;
   const PoolParams& p = call.p();
-  const PoolPlace place(plan, p.tokens);
+  const PoolPlace place(plan, p.tokens, plan.groups);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Tiles tiles{call, place, memory + warp * Tiles::kTileBytes, warp * kSlab, lane, warp, whole};
   const BackwardShared s(memory + plan.stages * plan.warps * Tiles::kTileBytes, plan.warps, warp);
-  const int rows = static_cast<int>(plan.rows);
-  const bool tokens_too = call.g.dx.data != nullptr;
+  const int first_row = place.group * kPoolRows;
+  const int left = static_cast<int>(plan.rows) - first_row;
+  const int rows = left < kPoolRows ? left : kPoolRows;
+  const bool tokens_too = call.g.dx.data != nullptr && plan.groups == 1;
 
-  const S* const stack =
-      call.stack() + place.b * 2 * kPoolRows * plan.padded + tiles.channel + tiles.piece() * 8;
+  const S* const stack = call.stack() +
+                         (place.b * plan.groups + place.group) * 2 * kPoolRows * plan.padded +
+                         tiles.channel + tiles.piece() * 8;
 #pragma unroll
   for (int i = 0; i < 2 * kPoolRows / Tiles::kTokensAtOnce; ++i) {
     copy_async(shared_address(s.stack) + tile_offset<kSlab>(tiles.token(i), tiles.piece()),
@@ -260,13 +322,7 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   }
   copy_async_commit();
   for (int i = 0; i < plan.stages - 1; ++i) tiles.fetch(i);
-  const float* const constants = call.constants() + place.b * plan.rows * kPoolConstants;
-  for (int i = static_cast<int>(threadIdx.x); i < kPoolConstants * kPoolRows; i += blockDim.x) {
-    const int row = i / kPoolConstants, which = i % kPoolConstants;
-    // Padding rows have nothing to attend to.
-    const float padding = which == kShift ? INFINITY : 0.0F;
-    s.constants[i] = row < rows && which <= kGradMean ? constants[i] : padding;
-  }
+  copy_constants(call, place.b, place.group, s);
   if (threadIdx.x < kPoolRows) s.grad_sum[threadIdx.x] = s.weight_sum[threadIdx.x] = 0.0F;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * kWeightBytes / 4; i += blockDim.x) {
     reinterpret_cast<uint32_t*>(s.weights)[i] = 0;
@@ -304,9 +360,71 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   store_split(call, place, 0, rows, tiles.channel, lane, grad_sums);
   if (plan.weighted) store_split(call, place, 1, rows, tiles.channel, lane, weight_sums);
   if (static_cast<int>(threadIdx.x) >= rows) return;
-  float* const stats = call.stats(place.b, place.split, threadIdx.x);
+  float* const stats = call.stats(place.b, place.split, first_row + threadIdx.x);
   stats[0] = s.grad_sum[threadIdx.x];
   stats[1] = s.weight_sum[threadIdx.x];
+}
+
+// dx where there are more rows than a group has: all groups for one tile after the other.
+template <typename S>
+__global__ void __launch_bounds__(32 * kPoolBackwardWarps)
+    token_grads_kernel(const __grid_constant__ PoolCall<S> call, bool whole, bool whole_grads) {
+  constexpr int kSlab = kPoolBackwardSlab;
+  using Tiles = TokenTiles<S, kSlab>;
+  extern __shared__ __align__(256) char memory[];
+  const PoolPlan& plan = call.plan;
+  const PoolPlace place(plan, call.p().tokens, 1);
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  Tiles tiles{call, place, memory + warp * Tiles::kTileBytes, warp * kSlab, lane, warp, whole};
+  const BackwardShared s(memory + plan.stages * plan.warps * Tiles::kTileBytes, plan.warps, warp);
+  const int groups = static_cast<int>(plan.groups);
+  if (threadIdx.x < kPoolRows) s.grad_sum[threadIdx.x] = s.weight_sum[threadIdx.x] = 0.0F;
+  for (int i = 0; i < plan.stages - 1; ++i) tiles.fetch(i);
+
+  const int count = (place.last - place.first + kPoolTokens - 1) / kPoolTokens;
+  for (int i = 0; i < count; ++i) {
+    tiles.fetch(i + plan.stages - 1);
+    const uint32_t counts = tiles.wait();
+    char* const tile = tiles.stage(i);
+    const float inverse = plan.normalised ? tiles.normalise(tile, counts, s.moments) : 1.0F;
+    float d[kSlab / 16][2][4] = {};
+    TokenSums sums(counts, inverse, lane);
+    for (int group = 0; group < groups; ++group) {
+      // Of this warp's channels: no other warp has to wait for them. Plain copies, because the
+      // asynchronous ones under way are the next tiles.
+      const S* from =
+          call.stack() +
+          (static_cast<int64_t>(place.b) * groups + group) * 2 * kPoolRows * plan.padded +
+          tiles.token(0) * plan.padded + tiles.channel + tiles.piece() * 8;
+#pragma unroll 4
+      for (int r = 0; r < 2 * kPoolRows / Tiles::kTokensAtOnce; ++r) {
+        store_piece(s.stack + tile_offset<kSlab>(tiles.token(r), tiles.piece()), load_piece(from));
+        from += Tiles::kTokensAtOnce * plan.padded;
+      }
+      copy_constants(call, place.b, group, s);
+      __syncwarp();
+      partial_scores<S>(s.stack, tile, forget(lane), s.partial + warp * 2 * kScoreFloats);
+      __syncthreads();
+      for (int row = 4 * warp; row < kPoolRows; row += 4 * plan.warps) {
+        score_grads<S>(s, row, forget(lane), plan.warps, call.p(), counts);
+      }
+      __syncthreads();
+      uint32_t weight[2][4];
+      load_token_weights(s, forget(lane), weight);
+      if (plan.normalised) sums.add(s, kPoolRows, lane);
+      const uint32_t stack = lane_address<kSlab>(s.stack, rows_first(forget(lane)));
+#pragma unroll
+      for (int j = 0; j < kSlab / 16; ++j) add_rows<S>(stack, j, weight, d[j]);
+      __syncwarp();  // the stacked rows may be overwritten
+    }
+#pragma unroll
+    for (int j = 0; j < kSlab / 16; ++j) {
+      place_token_grads<S>(tile, j, lane, plan.normalised, sums, d[j]);
+    }
+    __syncwarp();
+    store_token_grads(call, tiles, place.first + i * kPoolTokens, tile, whole_grads);
+    __syncwarp();  // the tile may be overwritten
+  }
 }
 
 }  // namespace

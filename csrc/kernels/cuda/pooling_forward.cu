@@ -45,7 +45,8 @@ template <typename S>
 cudaError_t forward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
   const bool whole = has_whole_pieces<S>(call.p().x, call.p().channels);
   cudaError_t error = stack_rows(call, false, stream);
-  if (error == cudaSuccess) error = launch_tiles(forward_tiles_kernel<S>, call, stream, whole);
+  if (error == cudaSuccess)
+    error = launch_tiles(forward_tiles_kernel<S>, call, call.plan.groups, stream, whole);
   if (error != cudaSuccess || call.plan.splits == 1) return error;
   return launch_pool(merge_kernel<S>, call.p().batch * call.plan.rows, kPoolThreads, 0, stream,
                      call);

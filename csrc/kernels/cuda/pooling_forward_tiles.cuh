@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(32 * kPoolForwardWarps)
   extern __shared__ __align__(256) char memory[];
   const PoolPlan& plan = call.plan;
   const PoolParams& p = call.p();
-  const PoolPlace place(plan, p.tokens);
+  const PoolPlace place(plan, p.tokens, plan.groups);
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   Tiles tiles{call, place, memory + warp * Tiles::kTileBytes, warp * kSlab, lane, warp, whole};
   const ForwardShared s(memory + plan.stages * plan.warps * Tiles::kTileBytes, plan.warps);

@@ -87,8 +87,7 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
   plan.padded = warps * slab;
   plan.tensor_cores = half && plan.rows > 0 && p.tokens > 0 &&
                       warps <= (backward ? kPoolBackwardWarps : kPoolForwardWarps) &&
-                      plan.shared_bytes <= device.shared_per_block &&
-                      (!backward || plan.groups == 1);
+                      plan.shared_bytes <= device.shared_per_block;
   if (plan.tensor_cores) {
     // Enough blocks to fill the device twice, of at least 64 tokens, and of so many that the sums
     // they write (4 bytes a row) stay well below what they read (2 bytes a token).

@@ -16,8 +16,9 @@ struct PoolPlace {
   int32_t group, split, b;
   int32_t first, last;  // tokens
 
-  __device__ PoolPlace(const PoolPlan& plan, int64_t tokens) {
-    const auto groups = static_cast<uint32_t>(plan.groups);
+  // group_blocks: groups of rows, a block each; 1 where a block goes through all of them.
+  __device__ PoolPlace(const PoolPlan& plan, int64_t tokens, int64_t group_blocks) {
+    const auto groups = static_cast<uint32_t>(group_blocks);
     const auto splits = static_cast<uint32_t>(plan.splits);
     group = static_cast<int32_t>(blockIdx.x % groups);
     split = static_cast<int32_t>(blockIdx.x / groups % splits);
@@ -337,15 +338,15 @@ bool has_whole_pieces(const Tensor3& t, int64_t channels) {
 
 // Launches a kernel that may need more shared memory than every kernel may have.
 template <typename Kernel, typename Call, typename... More>
-cudaError_t launch_tiles(Kernel* kernel, const Call& call, cudaStream_t stream,
-                         const More&... more) {
+cudaError_t launch_tiles(Kernel* kernel, const Call& call, int64_t group_blocks,
+                         cudaStream_t stream, const More&... more) {
   const PoolPlan& plan = call.plan;
   if (plan.shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  return launch_pool(kernel, call.p().batch * plan.splits * plan.groups, 32 * plan.warps,
+  return launch_pool(kernel, call.p().batch * plan.splits * group_blocks, 32 * plan.warps,
                      plan.shared_bytes, stream, call, more...);
 }
 
