@@ -12,7 +12,6 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr int kPoolThreads = 128;  // of the kernels without tiles
 constexpr uint32_t kAllLanes = 0xffffffffU;
 
 // A backward call, or a forward call with only `forward` filled in.
@@ -58,9 +57,16 @@ struct PoolCall {
   __device__ T bias(int64_t c) const {
     return p().norm_bias == nullptr ? T{0} : static_cast<const T*>(p().norm_bias)[c];
   }
+  // In 32 bits: a 64-bit division is a subroutine.
+  __device__ uint32_t head_of(int64_t row) const {
+    return static_cast<uint32_t>(row) / static_cast<uint32_t>(p().queries);
+  }
+  __device__ uint32_t query_of(int64_t row) const {
+    return static_cast<uint32_t>(row) % static_cast<uint32_t>(p().queries);
+  }
   __device__ const S* row4(const Tensor4& t, int64_t b, int64_t row) const {
-    return static_cast<const S*>(t.data) + b * t.stride_b + row / p().queries * t.stride_h +
-           row % p().queries * t.stride_n;
+    return static_cast<const S*>(t.data) + b * t.stride_b + head_of(row) * t.stride_h +
+           query_of(row) * t.stride_n;
   }
   __device__ T query(int64_t b, int64_t row, int64_t c) const {
     return to_compute(row4(p().query, b, row)[c * p().query.stride_d]);
@@ -74,8 +80,8 @@ struct PoolCall {
   __device__ T lse_grad(int64_t b, int64_t row) const {
     if (g.grad_lse == nullptr) return T{0};
     return static_cast<const T*>(
-        g.grad_lse)[b * g.grad_lse_stride_b + row / p().queries * g.grad_lse_stride_h +
-                    row % p().queries * g.grad_lse_stride_m];
+        g.grad_lse)[b * g.grad_lse_stride_b + head_of(row) * g.grad_lse_stride_h +
+                    query_of(row) * g.grad_lse_stride_m];
   }
   // Subtracted from scores in units of log2: infinite where there is nothing to attend to.
   __device__ T shift(int64_t b, int64_t row) const {

@@ -22,6 +22,10 @@ inline constexpr int kPoolForwardSlab = 128;
 inline constexpr int kPoolBackwardSlab = 64;
 inline constexpr int kPoolMostStages = 3;
 inline constexpr int64_t kPoolMostSplits = 256;
+// Rows and tokens that a block of the kernels without tensor cores sums up at once.
+inline constexpr int kPoolSimpleRows = 8;
+inline constexpr int kPoolSimpleTokens = 32;
+inline constexpr int kPoolThreads = 128;
 inline constexpr int kPoolConstants = 8;  // numbers of a row that are the same for all tokens
 
 struct PoolPlan {
@@ -101,6 +105,17 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
     if (splits < 1) splits = 1;
     plan.split_tokens = pool_ceil(pool_ceil(p.tokens, splits), kPoolTokens) * kPoolTokens;
     plan.splits = pool_ceil(p.tokens, plan.split_tokens);
+  }
+  if (!plan.tensor_cores && plan.rows > 0) {
+    plan.groups = pool_ceil(plan.rows, kPoolSimpleRows);
+    const int64_t blocks = p.batch * plan.groups * pool_ceil(p.channels, kPoolThreads);
+    int64_t splits = blocks < 1 ? 1 : 8 * device.multiprocessors / blocks;
+    if (splits > p.tokens / (2 * kPoolSimpleTokens)) splits = p.tokens / (2 * kPoolSimpleTokens);
+    if (splits > kPoolMostSplits) splits = kPoolMostSplits;
+    if (splits < 1) splits = 1;
+    plan.split_tokens =
+        pool_ceil(pool_ceil(p.tokens, splits), kPoolSimpleTokens) * kPoolSimpleTokens;
+    plan.splits = p.tokens == 0 ? 1 : pool_ceil(p.tokens, plan.split_tokens);
   }
   const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
   const auto take = [&](int64_t bytes) {

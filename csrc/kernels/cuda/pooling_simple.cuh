@@ -1,6 +1,8 @@
-// Pooling without tiles, for what the tensor-core kernels do not take: any dtype, any number of
+// Pooling on the FMA units, for what the tensor-core kernels do not take: any dtype, any number of
 // channels and rows. A warp a token for scores and dx, a thread a channel for sums over tokens;
-// scores are kept in scratch memory between the two.
+// scores are kept in scratch memory between the two, so that tokens are read twice (three times
+// backward). float32 asks for 4 R flop for each 4 bytes, 2 R TFLOP/s on an A100: up to 8 rows or so
+// the limit is memory all the same.
 #pragma once
 
 #include "pooling_common.cuh"
@@ -54,20 +56,40 @@ __global__ void __launch_bounds__(kPoolThreads)
   }
   T* const scores = call.scores();
   T* const others = scores + p.batch * call.plan.rows * p.tokens;
-  for (int64_t r = 0; r < call.plan.rows; ++r) {
-    T score{0}, other{0};
+  constexpr int kRows = 4;  // at once: every x is used for all of them
+  for (int64_t first = 0; first < call.plan.rows; first += kRows) {
+    T score[kRows] = {}, other[kRows] = {};
     for (int64_t c = lane; c < p.channels && counts; c += 32) {
       const T x = (to_compute(token[c * p.x.stride_c]) - m.mean) * m.inverse;
       const T y = x * call.weight(c) + call.bias(c);
-      score += call.query(b, r, c) * y;
-      if (backward) other += call.grad(b, r, c) * y;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (first + i >= call.plan.rows) break;
+        score[i] += call.query(b, first + i, c) * y;
+        if (backward) other[i] += call.grad(b, first + i, c) * y;
+      }
     }
-    score = warp_sum(score) * static_cast<T>(p.scale * kLog2E);
-    if (backward) other = warp_sum(other);
-    if (lane != 0) continue;
-    const int64_t at = (b * call.plan.rows + r) * p.tokens + n;
-    scores[at] = counts ? score : -static_cast<T>(INFINITY);
-    if (backward) others[at] = other;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first + i >= call.plan.rows) break;
+      const T sum = warp_sum(score[i]) * static_cast<T>(p.scale * kLog2E);
+      const T other_sum = backward ? warp_sum(other[i]) : T{0};
+      if (lane != 0) continue;
+      const int64_t at = (b * call.plan.rows + first + i) * p.tokens + n;
+      scores[at] = counts ? sum : -static_cast<T>(INFINITY);
+      if (backward) others[at] = other_sum;
+    }
+  }
+}
+
+// Both numbers of a row of all tokens stand with the first split; `neutral` and 0 with the others.
+template <typename S>
+__device__ void store_stats(const PoolCall<S>& call, int64_t row, Compute<S> first,
+                            Compute<S> second, Compute<S> neutral) {
+  Compute<S>* const stats = call.stats(row / call.plan.rows, 0, row % call.plan.rows);
+  for (int64_t s = threadIdx.x; s < call.plan.splits; s += kPoolThreads) {
+    stats[2 * s] = s == 0 ? first : neutral;
+    stats[2 * s + 1] = s == 0 ? second : Compute<S>{0};
   }
 }
 
@@ -91,10 +113,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     sum += scores[n];
   }
   sum = block_sum(sum, memory);
-  if (threadIdx.x != 0) return;
-  T* const stats = call.stats(row / call.plan.rows, 0, row % call.plan.rows);
-  stats[0] = largest;
-  stats[1] = sum;
+  store_stats(call, row, largest, sum, largest);
 }
 
 // Scores and inner products with the gradient of one row become scale * ds and p. The exact ds sum
@@ -129,36 +148,76 @@ __global__ void __launch_bounds__(kPoolThreads)
   weights = block_sum(weights, memory);
   const T excess = weights == T{0} ? T{0} : grads / weights - lse_grad * scale;
   for (int64_t n = threadIdx.x; n < p.tokens; n += kPoolThreads) scores[n] -= others[n] * excess;
-  if (threadIdx.x != 0) return;
-  call.stats(b, 0, r)[0] = weights * lse_grad * scale;
-  call.stats(b, 0, r)[1] = weights;
+  store_stats(call, blockIdx.x, weights * lse_grad * scale, weights, T{0});
 }
 
-// Weighted sums of the normalised tokens, a thread a channel. Tokens that do not count are not
-// looked at.
-template <typename S>
+// Weights, and what else is needed of the tokens of one step.
+template <typename T, int kKinds>
+struct SimpleStep {
+  T weights[kKinds][kPoolSimpleRows][kPoolSimpleTokens];
+  Moments<T> moments[kPoolSimpleTokens];
+  bool counts[kPoolSimpleTokens];
+};
+
+// Weighted sums of one split's normalised tokens, a thread a channel, several rows at once. Tokens
+// that do not count are not looked at.
+template <typename S, int kKinds>
 __global__ void __launch_bounds__(kPoolThreads)
     simple_sums_kernel(const __grid_constant__ PoolCall<S> call, uint32_t pieces) {
   using T = Compute<S>;
+  __shared__ SimpleStep<T, kKinds> step;
   const PoolParams& p = call.p();
-  const int64_t row = blockIdx.x / pieces;
-  const int64_t c = static_cast<int64_t>(blockIdx.x % pieces) * kPoolThreads + threadIdx.x;
-  if (c >= p.channels) return;
-  const int64_t b = row / call.plan.rows, r = row % call.plan.rows;
-  const T* const first = call.scores() + row * p.tokens;
-  const T* const second = first + p.batch * call.plan.rows * p.tokens;
+  const PoolPlan& plan = call.plan;
+  int64_t block = blockIdx.x;
+  const int64_t c = block % pieces * kPoolThreads + threadIdx.x;
+  block /= pieces;
+  const int64_t first_row = block % plan.groups * kPoolSimpleRows;
+  block /= plan.groups;
+  const int64_t split = block % plan.splits, b = block / plan.splits;
+  const int64_t start = split * plan.split_tokens, end = start + plan.split_tokens;
+  const int64_t last = end < p.tokens ? end : p.tokens;
+  const T* const weights = call.scores() + b * plan.rows * p.tokens;
   const T* const moments = call.moments() + 2 * b * p.tokens;
-  const bool two = call.plan.kinds == 2;
-  T sum{0}, other{0};
-  for (int64_t n = 0; n < p.tokens; ++n) {
-    if (!call.counts(b, n)) continue;
-    T x = to_compute(call.token(b, n)[c * p.x.stride_c]);
-    if (call.plan.normalised) x = (x - moments[2 * n]) * moments[2 * n + 1];
-    sum += first[n] * x;
-    if (two) other += second[n] * x;
+  T sums[kKinds][kPoolSimpleRows] = {};
+  for (int64_t first = start; first < last; first += kPoolSimpleTokens) {
+    __syncthreads();  // the last step's weights may still be read
+    constexpr int kCells = kPoolSimpleRows * kPoolSimpleTokens;
+    for (int i = static_cast<int>(threadIdx.x); i < kKinds * kCells; i += kPoolThreads) {
+      const int kind = i / kCells, row = i % kCells / kPoolSimpleTokens, j = i % kPoolSimpleTokens;
+      const bool is_there = first_row + row < plan.rows && first + j < last;
+      const int64_t at = ((kind * p.batch * plan.rows) + first_row + row) * p.tokens + first + j;
+      step.weights[kind][row][j] = is_there ? weights[at] : T{0};
+    }
+    if (threadIdx.x < kPoolSimpleTokens) {
+      const int64_t n = first + threadIdx.x;
+      const bool counts = n < last && call.counts(b, n);
+      step.counts[threadIdx.x] = counts;
+      step.moments[threadIdx.x] = counts && plan.normalised
+                                      ? Moments<T>{moments[2 * n], moments[2 * n + 1]}
+                                      : Moments<T>{T{0}, T{1}};
+    }
+    __syncthreads();
+    if (c >= p.channels) continue;
+#pragma unroll 8
+    for (int j = 0; j < kPoolSimpleTokens; ++j) {
+      T x{0};
+      if (step.counts[j]) x = to_compute(call.token(b, first + j)[c * p.x.stride_c]);
+      x = (x - step.moments[j].mean) * step.moments[j].inverse;
+#pragma unroll
+      for (int kind = 0; kind < kKinds; ++kind) {
+#pragma unroll
+        for (int r = 0; r < kPoolSimpleRows; ++r) sums[kind][r] += step.weights[kind][r][j] * x;
+      }
+    }
   }
-  call.sums(b, 0, r, 0)[c] = sum;
-  if (two) call.sums(b, 0, r, 1)[c] = other;
+  if (c >= p.channels) return;
+#pragma unroll
+  for (int kind = 0; kind < kKinds; ++kind) {
+#pragma unroll
+    for (int r = 0; r < kPoolSimpleRows; ++r) {
+      if (first_row + r < plan.rows) call.sums(b, split, first_row + r, kind)[c] = sums[kind][r];
+    }
+  }
 }
 
 // Gradient of one token, a warp each.
@@ -215,8 +274,10 @@ cudaError_t simple_scores(const PoolCall<S>& call, bool backward, cudaStream_t s
 template <typename S>
 cudaError_t simple_sums(const PoolCall<S>& call, cudaStream_t stream) {
   const auto pieces = static_cast<uint32_t>(pool_ceil(call.p().channels, kPoolThreads));
-  return launch_pool(simple_sums_kernel<S>, call.p().batch * call.plan.rows * pieces, kPoolThreads,
-                     0, stream, call, pieces);
+  const PoolPlan& plan = call.plan;
+  const int64_t blocks = plan.rows == 0 ? 0 : call.p().batch * plan.splits * plan.groups * pieces;
+  auto* const kernel = plan.kinds == 2 ? simple_sums_kernel<S, 2> : simple_sums_kernel<S, 1>;
+  return launch_pool(kernel, blocks, kPoolThreads, 0, stream, call, pieces);
 }
 
 }  // namespace
