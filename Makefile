@@ -109,6 +109,7 @@ sanitize: $(VENV)/.stamp-torch
 	    -DX_ROPE_CLS_SANITIZE=address,undefined
 	$(bin)/cmake --build build/sanitize --parallel $(JOBS)
 	build/sanitize/tests/native/kernels_test
+	build/sanitize/tests/native/launch_test
 
 # ---- CUDA without a GPU --------------------------------------------------------------------------
 

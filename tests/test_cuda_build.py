@@ -68,6 +68,23 @@ def test_architectures(tmp_path: Path, requested: str, answer: str) -> None:
     assert answer in result.stdout + result.stderr
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_launch_choices(tmp_path: Path) -> None:
+    """Plain functions of shapes: no nvcc, no simulator."""
+    program = tmp_path / "launch_test"
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        f"-I{ROOT}/csrc",
+        str(ROOT / "tests/native/launch_test.cpp"),
+        "-o",
+        str(program),
+    ]
+    subprocess.run(command, check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=False).stdout == "launch choices hold\n"
+
+
 @pytest.fixture(scope="module")
 def library() -> Path:
     """The library for CUDA tensors, for one architecture."""

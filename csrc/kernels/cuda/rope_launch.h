@@ -8,7 +8,6 @@ namespace x_rope_cls::cuda {
 
 constexpr int kRopeThreads = 256;  // of a block
 constexpr int kRopePieces = 4;     // of 16 bytes that a thread reads before it writes
-constexpr int kRopeHeads = 4;  // a thread takes, where they share a table: as many loads in flight
 
 // How a row is cut into units, each for one thread: `rotated` units, then `copied` ones.
 //   kInterleaved: a piece of 16 bytes, which holds both channels of its pairs
