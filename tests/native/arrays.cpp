@@ -301,6 +301,12 @@ void Checker::gaps(const char* what, const Tensor& tensor) {
   }
 }
 
+void Checker::holds(const char* what, bool condition) {
+  if (condition) return;
+  std::printf("%s: this does not hold: %s\n", name_.c_str(), what);
+  passed_ = false;
+}
+
 RotaryTensors::RotaryTensors(Random& random, DType dtype, int64_t batch, int64_t heads,
                              int64_t tokens, int64_t pairs) {
   const int64_t table_batch = random.chance(0.3) ? batch : 1,

@@ -117,6 +117,7 @@ class Checker {
   void values(const char* what, DType dtype, const naive::Array& got, const naive::Array& expected,
               int64_t summands = 1);
   void gaps(const char* what, const Tensor& tensor);
+  void holds(const char* what, bool condition);
   bool passed() const { return passed_; }
 
  private:

@@ -5,6 +5,7 @@
 #include "arrays.h"
 #include "cases.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cuda/pooling_plan.h"
 
 namespace x_rope_cls::test {
 
@@ -184,6 +185,42 @@ void check_backward(Case& c, Workers& workers, Checker& checker) {
   }
 }
 
+// What must hold for the launch choices of the CUDA kernels, on an A100, an H100 or a smaller one.
+void check_plan(Random& random, bool backward, Checker& checker) {
+  PoolParams p{};
+  p.dtype = random.one_of({DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
+  p.norm = random.one_of({PoolNorm::kNone, PoolNorm::kLayer, PoolNorm::kRms});
+  p.batch = random.integer(1, 300);
+  p.tokens = random.integer(0, random.chance(0.5) ? 300 : 300000);
+  p.channels = random.integer(1, random.chance(0.5) ? 1024 : 5000);
+  p.heads = random.integer(0, 30);
+  p.queries = random.integer(0, 20);
+  p.query_batch = random.chance(0.5) ? 1 : p.batch;
+  const cuda::Device device =
+      random.one_of({cuda::Device{108, 166912, 167936}, cuda::Device{132, 232448, 233472},
+                     cuda::Device{16, 101376, 102400}});
+  const cuda::PoolPlan plan = cuda::make_pool_plan(p, device, backward, random.chance(0.5));
+  const bool half = size_of(p.dtype) == 2;
+  const bool any = plan.rows > 0 && p.tokens > 0;
+  const bool large = device.shared_per_block > 110000;
+  checker.holds("tensor cores for 16-bit tokens",
+                plan.tensor_cores == (half && any) || !half || !large || p.channels > 1024);
+  checker.holds("no tensor cores for others", half || !plan.tensor_cores);
+  checker.holds("shared memory",
+                !plan.tensor_cores || plan.shared_bytes <= device.shared_per_block);
+  checker.holds("stages", plan.stages >= 1 && plan.stages <= 3);
+  checker.holds("every token in a split", !any || plan.splits * plan.split_tokens >= p.tokens);
+  checker.holds("tokens in every split", !any || (plan.splits - 1) * plan.split_tokens < p.tokens);
+  checker.holds("splits", plan.splits >= 1 && plan.splits <= cuda::kPoolMostSplits);
+  checker.holds("whole tiles", plan.split_tokens % cuda::kPoolTokens == 0);
+  checker.holds("all rows", !plan.tensor_cores || plan.groups * cuda::kPoolRows >= plan.rows);
+  checker.holds("all channels", !plan.tensor_cores || plan.padded >= p.channels);
+  const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t sums = plan.splits * p.batch * plan.rows * plan.kinds * p.channels * size;
+  checker.holds("room for sums", plan.sums % 256 == 0 && plan.stats - plan.sums >= sums);
+  checker.holds("room for the rest", plan.bytes >= plan.stats && plan.bytes >= plan.merged);
+}
+
 }  // namespace
 
 bool run_pooling_case(uint64_t seed) {
@@ -202,6 +239,9 @@ bool run_pooling_case(uint64_t seed) {
   if (c.batch > 0) {  // the operator does not call the kernel otherwise
     check_backward(c, workers, checker);
   }
+  Random choices(seed);
+  check_plan(choices, false, checker);
+  check_plan(choices, true, checker);
   return checker.passed();
 }
 
