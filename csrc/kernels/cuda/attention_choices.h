@@ -16,7 +16,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up_to(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Channels of the half-precision instances; the wider of head_dim and value_dim is padded to one of
-// them. 0: there is none, the plain kernel takes it.
+// them. 0: there is none, the kernel on the FMA units takes it.
 constexpr int32_t native_dim(int64_t head_dim, int64_t value_dim) {
   const int64_t wider = head_dim > value_dim ? head_dim : value_dim;
   for (const int32_t dim : {32, 64, 96, 128, 256}) {

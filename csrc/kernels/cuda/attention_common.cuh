@@ -45,7 +45,8 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t st
   constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
   constexpr int kPass = kThreads / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-#pragma unroll
+  constexpr int kUnroll = kDim == 96 ? 1 : 4;  // 96: unrolled, it costs the main loop a spill
+#pragma unroll kUnroll
   for (int i = 0; i < (kRows + kPass - 1) / kPass; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kLanes + i * kPass;
     if (kRows % kPass != 0 && row >= kRows) break;

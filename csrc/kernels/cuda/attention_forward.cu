@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "attention_merge.cuh"
-#include "attention_plain.cuh"
+#include "attention_tiled.cuh"
 #include "launch.h"
 
 namespace x_rope_cls::cuda {
@@ -33,7 +33,7 @@ struct Launch {
 
 // Everything about a call that follows from its arguments. Offsets in bytes; -1: not needed.
 struct Plan {
-  int32_t dim;  // 0: the plain kernel
+  int32_t dim;  // 0: the kernel on the FMA units
   int64_t query_order = -1, key_order = -1, keys = -1, raw_keys = -1, values = -1, queries = -1;
   Launch launches[2];
   int launch_count = 0;
@@ -95,7 +95,6 @@ void add_launch(const AttentionParams& p, const Device& device, bool wide, int64
 }
 
 void plan_half(const AttentionParams& p, const Device& device, Plan& plan) {
-  if (orders_queries(p)) plan.query_order = plan.take(order_bytes(p.batch, p.queries));
   const bool k_whole = whole(p, p.k, p.head_dim);
   const PackParams pack = key_packing(p);
   if (p.has_rotary || !k_whole) plan.keys = plan.take(packed_bytes(pack));
@@ -126,6 +125,7 @@ Plan make_plan(const AttentionParams& p, const Device& device) {
     plan.dim = 0;
   }
   if (orders_keys(p)) plan.key_order = plan.take(order_bytes(p.batch, p.keys));
+  if (orders_queries(p)) plan.query_order = plan.take(order_bytes(p.batch, p.queries));
   if (plan.dim != 0) {
     plan_half(p, device, plan);
   } else if (p.has_rotary) {
@@ -313,14 +313,17 @@ cudaError_t forward_half(const Call& c) {
   return cudaSuccess;
 }
 
-cudaError_t forward_plain(const Call& c) {
+cudaError_t forward_tiled(const Call& c) {
   const AttentionParams& p = c.p;
-  PlainArgs args{p, c.keys, {}, {}, 1, p.dropout_p > 0 ? dropout_kept(p.dropout_p) : 1.0};
+  TiledArgs args{};
+  args.p = p;
+  args.keys = c.keys;
   if (p.has_rotary) {
-    PackParams keys = key_packing(p);
-    PackParams queries = packing(p, p.q, p.heads, p.queries, p.head_dim);
+    const PackParams keys = key_packing(p);
+    const PackParams queries = packing(p, p.q, p.heads, p.queries, p.head_dim);
+    const TokenOrder as_they_are{nullptr, nullptr, p.queries};
     cudaError_t error = pack(c, keys, c.plan.keys, c.keys, &p.table_k);
-    if (error == cudaSuccess) error = pack(c, queries, c.plan.queries, c.queries, &p.table_q);
+    if (error == cudaSuccess) error = pack(c, queries, c.plan.queries, as_they_are, &p.table_q);
     if (error != cudaSuccess) return error;
     const auto packed = [&](const PackParams& k, int64_t offset) {
       return Tensor4{c.at(offset), k.heads * k.tokens * k.padded_dim, k.tokens * k.padded_dim,
@@ -329,13 +332,23 @@ cudaError_t forward_plain(const Call& c) {
     args.k_turned = packed(keys, c.plan.keys);
     args.q_turned = packed(queries, c.plan.queries);
   }
-  const int64_t blocks = ceil_div(p.value_dim, kPlainChannels * kPlainThreads);
+  args.rows.order = c.queries;
+  args.rows.heads = static_cast<int32_t>(p.heads);
+  args.rows.group = 1;
+  args.rows.tile_rows = kTiledRows;
+  args.rows.tiles =
+      static_cast<int32_t>(ceil_div(p.queries, kTiledRows)) + (orders_queries(p) ? 1 : 0);
+  args.rows.ordinary = true;
+  args.rows.special_up_to = static_cast<int32_t>(p.queries);
+  args.dropout_threshold = dropout_threshold(p.dropout_p);
+  args.kept = p.dropout_p > 0 ? dropout_kept(p.dropout_p) : 1.0;
+  const int64_t blocks = ceil_div(p.value_dim, kTiledChannels);
   args.value_blocks = static_cast<int32_t>(blocks < 1 ? 1 : blocks);
-  const int64_t grid = p.batch * p.heads * p.queries * args.value_blocks;
+  const int64_t grid = p.batch * p.heads * args.rows.tiles * args.value_blocks;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   return with_dtype(p.dtype, [&](auto element) {
-    attention_plain_kernel<decltype(element)>
-        <<<static_cast<unsigned>(grid), kPlainThreads, 0, c.stream>>>(args);
+    attention_tiled_kernel<decltype(element)>
+        <<<static_cast<unsigned>(grid), kTiledThreads, 0, c.stream>>>(args);
     return cudaGetLastError();
   });
 }
@@ -353,7 +366,7 @@ cudaError_t attention_forward(const AttentionParams& params, const Device& devic
   Call call{params, plan, static_cast<char*>(workspace), stream, {}, {}};
   const cudaError_t error = order_all(call);
   if (error != cudaSuccess) return error;
-  return plan.dim != 0 ? forward_half(call) : forward_plain(call);
+  return plan.dim != 0 ? forward_half(call) : forward_tiled(call);
 }
 
 }  // namespace x_rope_cls::cuda
