@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kPoolThreads)
 template <typename T, int kKinds>
 struct SimpleStep {
   T weights[kKinds][kPoolSimpleRows][kPoolSimpleTokens];
-  Moments<T> moments[kPoolSimpleTokens];
+  T mean[kPoolSimpleTokens], inverse[kPoolSimpleTokens];
   bool counts[kPoolSimpleTokens];
 };
 
@@ -192,9 +192,9 @@ __global__ void __launch_bounds__(kPoolThreads)
       const int64_t n = first + threadIdx.x;
       const bool counts = n < last && call.counts(b, n);
       step.counts[threadIdx.x] = counts;
-      step.moments[threadIdx.x] = counts && plan.normalised
-                                      ? Moments<T>{moments[2 * n], moments[2 * n + 1]}
-                                      : Moments<T>{T{0}, T{1}};
+      const bool normal = counts && plan.normalised;
+      step.mean[threadIdx.x] = normal ? moments[2 * n] : T{0};
+      step.inverse[threadIdx.x] = normal ? moments[2 * n + 1] : T{1};
     }
     __syncthreads();
     if (c >= p.channels) continue;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     for (int j = 0; j < kPoolSimpleTokens; ++j) {
       T x{0};
       if (step.counts[j]) x = to_compute(call.token(b, first + j)[c * p.x.stride_c]);
-      x = (x - step.moments[j].mean) * step.moments[j].inverse;
+      x = (x - step.mean[j]) * step.inverse[j];
 #pragma unroll
       for (int kind = 0; kind < kKinds; ++kind) {
 #pragma unroll
