@@ -93,7 +93,7 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
                       warps <= (backward ? kPoolBackwardWarps : kPoolForwardWarps) &&
                       plan.shared_bytes <= device.shared_per_block;
   if (plan.tensor_cores) {
-    // Enough blocks to fill the device twice, of at least 64 tokens, and of so many that the sums
+    // Enough blocks to fill the device, of at least 64 tokens, and of so many that the sums
     // they write (4 bytes a row) stay well below what they read (2 bytes a token).
     const int64_t blocks = p.batch * plan.groups;
     const int64_t at_once =
