@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,20 @@ def readable(mangled: str) -> str:
 
 def compile_all(nvdisasm: str) -> dict[str, Kernel]:
     """Every kernel by `key`."""
-    kernels: dict[str, Kernel] = {}
     flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-gencode", "arch=compute_80,code=sm_80"]
-    for source in sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu")):
+
+    def compiled(source: Path) -> tuple[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernels.cubin"
-            log = run(
-                str(cuda_sim.find_nvcc()), *flags, "-Xptxas", "-v", f"-I{ROOT}/csrc", "-cubin", "-o", cubin, source
-            )
-            if "Compiling entry function" not in log:
-                continue
+            nvcc = str(cuda_sim.find_nvcc())
+            log = run(nvcc, *flags, "-Xptxas", "-v", f"-I{ROOT}/csrc", "-cubin", "-o", cubin, source)
+            return log, run(nvdisasm, "-c", cubin) if "Compiling entry function" in log else ""
+
+    kernels: dict[str, Kernel] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for log, sass in pool.map(compiled, sorted((ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"))):
             read_ptxas(log, kernels)
-            read_sass(run(nvdisasm, "-c", cubin), kernels)
+            read_sass(sass, kernels)
     return kernels
 
 
@@ -285,8 +288,8 @@ def main() -> None:
         parts["library"] = library_line(options.library_build.resolve())
     page = PAGE.read_text()
     for name, text in parts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, text=text: m[1] + text + m[2], page, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(pattern, lambda m, text=text: m[1] + text + "\n" + m[2], page, flags=re.DOTALL)
         assert count == 1, f"docs/cuda.md must have one place for {name}, got {count}"
     PAGE.write_text(page)
 
