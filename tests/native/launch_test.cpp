@@ -77,7 +77,8 @@ void check_attention() {
       for (const int64_t tiles : {0, 1, 2, 3, 16, 1000}) {
         const int32_t parts = key_parts(blocks, tiles, device.multiprocessors);
         expect(parts >= 1 && parts <= kMostParts, "parts of the keys", blocks, tiles);
-        expect(parts == 1 || parts * kLeastPartTiles <= tiles, "parts with keys", blocks, tiles);
+        expect(parts == 1 || int64_t{parts} * kLeastPartTiles <= tiles, "parts with keys", blocks,
+               tiles);
         expect(parts == 1 || blocks < device.multiprocessors, "a full device is not cut", blocks);
       }
     }

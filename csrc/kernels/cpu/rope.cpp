@@ -19,7 +19,7 @@ constexpr int64_t kMostGroup = 4;             // tokens whose tables are laid ou
 // Outputs of so many bytes are stored past the caches, which would not hold them until they are
 // read: a line need not be read before it is written.
 constexpr double kStreamBytes = 8 << 20;
-constexpr int64_t kTableRoom = 4 * kMostPairs + 4 * kLanes<float>;
+constexpr int64_t kTableRoom = 4 * kMostPairs + int64_t{4} * kLanes<float>;
 
 template <typename S>
 X_ROPE_CLS_INLINE S* row_of(const Tensor4& t, int64_t b, int64_t h, int64_t n) {

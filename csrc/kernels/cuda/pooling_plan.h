@@ -60,7 +60,7 @@ inline int64_t pool_shared_bytes(int64_t warps, int64_t stages, bool backward) {
   const int64_t slab = backward ? kPoolBackwardSlab : kPoolForwardSlab;
   const int64_t stacked = backward ? 2 * kPoolRows : kPoolRows;
   return warps * (stages * kPoolTokens * slab * 2 + (backward ? stacked * slab * 2 : 0) +
-                  stacked * kPoolTokens * 4 + kPoolTokens * 8) +
+                  stacked * kPoolTokens * 4 + int64_t{kPoolTokens} * 8) +
          stacked * kPoolTokens * 2 + (backward ? 1152 : 256);
 }
 
@@ -109,8 +109,9 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
   if (!plan.tensor_cores && plan.rows > 0) {
     plan.groups = pool_ceil(plan.rows, kPoolSimpleRows);
     const int64_t blocks = p.batch * plan.groups * pool_ceil(p.channels, kPoolThreads);
-    int64_t splits = blocks < 1 ? 1 : 8 * device.multiprocessors / blocks;
-    if (splits > p.tokens / (2 * kPoolSimpleTokens)) splits = p.tokens / (2 * kPoolSimpleTokens);
+    int64_t splits = blocks < 1 ? 1 : int64_t{8} * device.multiprocessors / blocks;
+    if (splits > p.tokens / (int64_t{2} * kPoolSimpleTokens))
+      splits = p.tokens / (int64_t{2} * kPoolSimpleTokens);
     if (splits > kPoolMostSplits) splits = kPoolMostSplits;
     if (splits < 1) splits = 1;
     plan.split_tokens =
