@@ -213,9 +213,9 @@ void check_backward(Case& c, Workers& workers, Checker& checker) {
 
   const naive::AttentionGrads expected = naive::attention_backward(c.a, grad_out, grad_lse);
   // Tensor cores take rotated queries and keys, weights and gradients of scores rounded to dtype,
-  // as eager PyTorch does; the kernels for the CPU keep them in float32. Twice the tolerance.
+  // as eager PyTorch does; the kernels for the CPU keep them in float32. Three times the tolerance.
   const bool rounds = std::strcmp(kernels.name, "cuda") == 0 && size_of(c.dtype) == 2;
-  const int64_t summands = rounds ? 64 : 1;
+  const int64_t summands = rounds ? 144 : 1;
   checker.values("dq", c.dtype, dq.values(), expected.dq, summands);
   checker.values("dk", c.dtype, dk.values(), expected.dk, summands);
   checker.values("dv", c.dtype, dv.values(), expected.dv, summands);

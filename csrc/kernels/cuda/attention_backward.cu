@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "attention_backward.cuh"
+#include "attention_backward_choices.h"
 #include "launch.h"
 #include "rotate.cuh"
 
@@ -27,10 +28,16 @@ struct Pieces {
 
 // Where everything of a call lies.
 struct BackwardMemory {
+  int32_t dim;        // of the tensor core kernels; 0: the plain ones sum
   void* query_order;  // null: natural
   void* key_order;
   void* q;  // packed; null: q itself will do
   void* k;
+  // For the tensor cores, which want rows in pieces of 16 bytes: copies of those that are not.
+  void* q_raw;
+  void* k_raw;
+  void* v;
+  void* grad_out;
   void* stats;
   GradSums dq, dk, dv;
   void* natural_q;  // for the gradient of the bias where tokens are ordered
@@ -38,13 +45,22 @@ struct BackwardMemory {
   void* natural_stats;
 };
 
-bool needs_copy(const AttentionParams& p) { return p.has_rotary; }
-
 int64_t padded(const AttentionParams& p, int64_t channels) {
   return round_up_to(channels, 16 / element_bytes(p.dtype));
 }
 
-BackwardMemory lay_out(const AttentionBackwardParams& g, Pieces& pieces) {
+// Whether the tensor core kernels can read x where it lies.
+bool lies_well(DType dtype, const Tensor4& x, int64_t channels) {
+  return with_dtype(dtype,
+                    [&](auto element) { return rows_are_whole<decltype(element)>(x, channels); }) &&
+         x.stride_n >= INT32_MIN && x.stride_n <= INT32_MAX;
+}
+
+bool splits_any(const AttentionParams& p) {
+  return splits_tokens(p, p.table_q) || splits_tokens(p, p.table_k);
+}
+
+BackwardMemory lay_out(const AttentionBackwardParams& g, const Device& device, Pieces& pieces) {
   const AttentionParams& p = g.forward;
   const int64_t compute = compute_bytes(p.dtype);
   const int64_t query_rows = p.batch * p.heads * p.queries;
@@ -53,11 +69,22 @@ BackwardMemory lay_out(const AttentionBackwardParams& g, Pieces& pieces) {
   const int64_t value_width = padded(p, p.value_dim);
   const int64_t row_bytes = width * element_bytes(p.dtype);
   BackwardMemory m{};
+  if (element_bytes(p.dtype) == 2) {
+    m.dim = backward_dim(p.head_dim, p.value_dim, device.shared_per_block);
+  }
   if (orders_queries(p)) m.query_order = pieces.take(order_bytes(p.batch, p.queries));
   if (orders_keys(p)) m.key_order = pieces.take(order_bytes(p.batch, p.keys));
-  if (needs_copy(p)) {
-    m.q = pieces.take(query_rows * row_bytes);
-    m.k = pieces.take(key_rows * row_bytes);
+  const bool q_lies_well = m.dim == 0 || lies_well(p.dtype, p.q, p.head_dim);
+  const bool k_lies_well = m.dim == 0 || lies_well(p.dtype, p.k, p.head_dim);
+  if (p.has_rotary || !q_lies_well) m.q = pieces.take(query_rows * row_bytes);
+  if (p.has_rotary || !k_lies_well) m.k = pieces.take(key_rows * row_bytes);
+  if (splits_any(p) && !q_lies_well) m.q_raw = pieces.take(query_rows * row_bytes);
+  if (splits_any(p) && !k_lies_well) m.k_raw = pieces.take(key_rows * row_bytes);
+  const int64_t value_bytes = value_width * element_bytes(p.dtype);
+  if (m.dim != 0 && !lies_well(p.dtype, p.v, p.value_dim))
+    m.v = pieces.take(key_rows * value_bytes);
+  if (m.dim != 0 && !lies_well(p.dtype, g.grad_out, p.value_dim)) {
+    m.grad_out = pieces.take(query_rows * value_bytes);
   }
   m.stats = pieces.take(query_rows * 2 * compute);
   m.dq.main = pieces.take(query_rows * width * compute);
@@ -72,9 +99,9 @@ BackwardMemory lay_out(const AttentionBackwardParams& g, Pieces& pieces) {
     m.dk.raw = pieces.take(key_rows * width * compute);
   }
   if (g.dbias != nullptr) {
-    if (needs_copy(p) && orders_queries(p)) m.natural_q = pieces.take(query_rows * row_bytes);
-    if (needs_copy(p) && orders_keys(p)) m.natural_k = pieces.take(key_rows * row_bytes);
-    if (orders_queries(p)) m.natural_stats = pieces.take(query_rows * 2 * compute);
+    if (p.has_rotary && orders_queries(p)) m.natural_q = pieces.take(query_rows * row_bytes);
+    if (p.has_rotary && orders_keys(p)) m.natural_k = pieces.take(key_rows * row_bytes);
+    if (orders_queries(p) || m.dim != 0) m.natural_stats = pieces.take(query_rows * 2 * compute);
   }
   return m;
 }
@@ -85,7 +112,7 @@ PackParams pack_params(const AttentionParams& p, bool queries, const TokenOrder&
   k.from = queries ? p.q : p.k;
   k.to = to;
   k.order = order;
-  k.table = queries ? &p.table_q : &p.table_k;
+  k.table = !p.has_rotary ? nullptr : queries ? &p.table_q : &p.table_k;
   k.rule = rotation_rule(p);
   k.batch = p.batch;
   k.heads = queries ? p.heads : p.key_heads;
@@ -168,6 +195,77 @@ cudaError_t sum_plain(const AttentionBackwardParams& g, const BackwardMemory& m,
   return plain_backward(p.dtype, a, stream);
 }
 
+// A tensor as the tensor core kernels read it. `copy`: where it was packed; null: it lies well.
+TileRows tile_rows(const Tensor4& x, void* copy, int64_t heads, int64_t tokens, int64_t channels,
+                   bool ordered) {
+  const int64_t width = round_up_to(channels, 8);
+  const auto pieces = static_cast<int32_t>(width / 8);
+  if (copy == nullptr) {
+    return {x.data, x.stride_b, x.stride_h, static_cast<int32_t>(x.stride_n), pieces, ordered};
+  }
+  return {copy, heads * tokens * width, tokens * width, static_cast<int32_t>(width), pieces, false};
+}
+
+// Copies x in the order of its tokens, unrotated; `to` null: not needed.
+cudaError_t pack_plain(const AttentionParams& p, const Tensor4& x, bool queries, int64_t channels,
+                       const TokenOrder& order, void* to, cudaStream_t stream) {
+  if (to == nullptr) return cudaSuccess;
+  PackParams k = pack_params(p, queries, order, to);
+  k.from = x;
+  k.table = nullptr;
+  k.head_dim = channels;
+  k.padded_dim = padded(p, channels);
+  return pack_rows(k, stream);
+}
+
+cudaError_t sum_mma(const AttentionBackwardParams& g, const BackwardMemory& m, const Orders& orders,
+                    cudaStream_t stream) {
+  const AttentionParams& p = g.forward;
+  const TokenOrder& queries = orders.queries;
+  const TokenOrder& keys = orders.keys;
+  cudaError_t error = pack_plain(p, p.q, true, p.head_dim, queries, m.q_raw, stream);
+  if (error == cudaSuccess) error = pack_plain(p, p.k, false, p.head_dim, keys, m.k_raw, stream);
+  if (error == cudaSuccess) error = pack_plain(p, p.v, false, p.value_dim, keys, m.v, stream);
+  if (error == cudaSuccess) {
+    error = pack_plain(p, g.grad_out, true, p.value_dim, queries, m.grad_out, stream);
+  }
+  if (error != cudaSuccess) return error;
+  const auto q_rows = [&](const Tensor4& x, void* copy, int64_t channels) {
+    return tile_rows(x, copy, p.heads, p.queries, channels, queries.tokens != nullptr);
+  };
+  const auto k_rows = [&](const Tensor4& x, void* copy, int64_t channels) {
+    return tile_rows(x, copy, p.key_heads, p.keys, channels, keys.tokens != nullptr);
+  };
+  MmaBackwardArgs a{};
+  a.common = common_of(p, orders, m.stats);
+  a.q = q_rows(p.q, m.q, p.head_dim);
+  a.k = k_rows(p.k, m.k, p.head_dim);
+  a.q_raw = q_rows(p.q, m.q_raw, p.head_dim);
+  a.k_raw = k_rows(p.k, m.k_raw, p.head_dim);
+  a.v = k_rows(p.v, m.v, p.value_dim);
+  a.grad_out = q_rows(g.grad_out, m.grad_out, p.value_dim);
+  a.dq = m.dq;
+  a.dk = m.dk;
+  a.dv = m.dv;
+  a.scale_log2 = static_cast<float>(p.scale * kLog2E);
+  const int64_t owners = backward_shape(m.dim).owners;
+  a.query_tiles =
+      static_cast<int32_t>(ceil_div(p.queries, owners)) + (queries.counts == nullptr ? 0 : 1);
+  a.key_tiles = static_cast<int32_t>(ceil_div(p.keys, owners)) + (keys.counts == nullptr ? 0 : 1);
+  switch (m.dim) {
+    case 32:
+      return mma_backward<32>(p.dtype, a, stream);
+    case 64:
+      return mma_backward<64>(p.dtype, a, stream);
+    case 96:
+      return mma_backward<96>(p.dtype, a, stream);
+    case 128:
+      return mma_backward<128>(p.dtype, a, stream);
+    default:
+      return mma_backward<256>(p.dtype, a, stream);
+  }
+}
+
 cudaError_t sum_bias(const AttentionBackwardParams& g, const BackwardMemory& m,
                      cudaStream_t stream) {
   const AttentionParams& p = g.forward;
@@ -187,9 +285,10 @@ cudaError_t sum_bias(const AttentionBackwardParams& g, const BackwardMemory& m,
   if (error != cudaSuccess) return error;
   BiasGradArgs a{};
   a.common = common_of(p, natural, stats);
-  a.q = packed_rows(p, true, m.natural_q != nullptr ? m.natural_q : m.q);
-  a.k = packed_rows(p, false, m.natural_k != nullptr ? m.natural_k : m.k);
-  if (splits_tokens(p, p.table_q) || splits_tokens(p, p.table_k)) {
+  // Where tokens are ordered, what was packed for the sums does not do.
+  a.q = packed_rows(p, true, orders_queries(p) ? m.natural_q : m.q);
+  a.k = packed_rows(p, false, orders_keys(p) ? m.natural_k : m.k);
+  if (splits_any(p)) {
     a.q_raw = plain_rows(p.dtype, p.q, p.head_dim, true);
     a.k_raw = plain_rows(p.dtype, p.k, p.head_dim, true);
     a.rotate_q = p.table_q.rotate;
@@ -255,18 +354,18 @@ cudaError_t finish(const AttentionBackwardParams& g, const BackwardMemory& m, co
 
 }  // namespace
 
-int64_t attention_backward_workspace(const AttentionBackwardParams& params, const Device&) {
+int64_t attention_backward_workspace(const AttentionBackwardParams& params, const Device& device) {
   Pieces pieces{nullptr, 0};
-  lay_out(params, pieces);
+  lay_out(params, device, pieces);
   return pieces.used;
 }
 
-cudaError_t attention_backward(const AttentionBackwardParams& params, const Device&,
+cudaError_t attention_backward(const AttentionBackwardParams& params, const Device& device,
                                void* workspace, cudaStream_t stream) {
   const AttentionParams& p = params.forward;
   if (p.batch == 0 || p.heads == 0) return cudaSuccess;
   Pieces pieces{static_cast<char*>(workspace), 0};
-  const BackwardMemory m = lay_out(params, pieces);
+  const BackwardMemory m = lay_out(params, device, pieces);
   Orders orders{};
   cudaError_t error = make_orders(p, m, &orders, stream);
   if (error == cudaSuccess && m.q != nullptr) {
@@ -275,10 +374,17 @@ cudaError_t attention_backward(const AttentionBackwardParams& params, const Devi
   if (error == cudaSuccess && m.k != nullptr) {
     error = pack_rows(pack_params(p, false, orders.keys, m.k), stream);
   }
-  if (error == cudaSuccess) error = row_stats(params, orders.queries, false, m.stats, stream);
-  if (error == cudaSuccess) error = sum_plain(params, m, orders, stream);
+  const bool half = m.dim != 0;
+  if (error == cudaSuccess) error = row_stats(params, orders.queries, half, m.stats, stream);
+  if (error == cudaSuccess) {
+    error = half ? sum_mma(params, m, orders, stream) : sum_plain(params, m, orders, stream);
+  }
   if (error == cudaSuccess && params.dbias != nullptr) error = sum_bias(params, m, stream);
-  if (error == cudaSuccess) error = finish(params, m, orders, 1.0, stream);
+  if (error == cudaSuccess) {
+    // The tensor core kernels leave dropout's factor of the kept weights out of dV.
+    const double kept = half && p.dropout_p > 0 ? dropout_kept(p.dropout_p) : 1.0;
+    error = finish(params, m, orders, kept, stream);
+  }
   return error;
 }
 

@@ -56,6 +56,18 @@ struct PlainBackwardArgs {
 // attention_backward_plain.cu: any dtype and size, on the FMA units.
 cudaError_t plain_backward(DType dtype, const PlainBackwardArgs& args, cudaStream_t stream);
 
+struct MmaBackwardArgs {
+  BackwardCommon common;  // stats in log2
+  TileRows q, q_raw, k, k_raw, v, grad_out;
+  GradSums dq, dk, dv;
+  float scale_log2;
+  int32_t query_tiles, key_tiles;  // of a head, enough for any split
+};
+
+// attention_backward_<kDim>.cu
+template <int kDim>
+cudaError_t mma_backward(DType dtype, const MmaBackwardArgs& args, cudaStream_t stream);
+
 // attention_backward_bias.cu. Everything in the tokens' natural order: `common`'s orders are null
 // ones. q_raw and k_raw have data where pairs differ in their rotation.
 struct BiasGradArgs {

@@ -38,14 +38,14 @@ struct TileRows {
 
 // Starts copies of rows at places first ... first + count - 1 to a tile; zeros elsewhere. `tokens`:
 // the token at each place; null: place i is row i. count is at least 1.
-template <typename T, int kDim, int kRows, int kThreads>
+// kUnroll: 1 where registers are short; unrolled, it cost the main loop a spill at 96 channels.
+template <typename T, int kDim, int kRows, int kThreads, int kUnroll = kDim == 96 ? 1 : 4>
 __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t stride_n,
                                           const int32_t* tokens, int32_t first, int32_t count,
                                           int32_t pieces) {
   constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
   constexpr int kPass = kThreads / kLanes;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  constexpr int kUnroll = kDim == 96 ? 1 : 4;  // 96: unrolled, it costs the main loop a spill
 #pragma unroll kUnroll
   for (int i = 0; i < (kRows + kPass - 1) / kPass; ++i) {
     const int row = static_cast<int>(threadIdx.x) / kLanes + i * kPass;
