@@ -247,6 +247,7 @@ cudaError_t sum_mma(const AttentionBackwardParams& g, const BackwardMemory& m, c
   a.dq = m.dq;
   a.dk = m.dk;
   a.dv = m.dv;
+  a.group = static_cast<int32_t>(p.heads / p.key_heads);
   a.scale_log2 = static_cast<float>(p.scale * kLog2E);
   const int64_t owners = backward_shape(m.dim).owners;
   a.query_tiles =

@@ -61,6 +61,7 @@ struct MmaBackwardArgs {
   TileRows q, q_raw, k, k_raw, v, grad_out;
   GradSums dq, dk, dv;
   float scale_log2;
+  int32_t group;                   // query heads a key head
   int32_t query_tiles, key_tiles;  // of a head, enough for any split
 };
 

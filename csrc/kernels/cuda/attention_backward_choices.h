@@ -24,7 +24,6 @@ struct BackwardShape {
 // warps. At 256 channels not even those of 16 do; dK and dV are summed by kernels of their own, and
 // only one tile of partners fits. 8 warps a multiprocessor, as FlashAttention-2 has, or more.
 constexpr BackwardShape backward_shape(int32_t dim) {
-  if (dim <= 32) return {4, 2, 128, 32, 2, 3};
   if (dim <= 64) return {4, 2, 128, 32, 2, 2};
   if (dim <= 128) return {8, 1, 128, 32, 2, 1};
   return {8, 1, 128, 32, 1, 1};

@@ -44,30 +44,35 @@ struct BackwardKernel {
 
   const MmaBackwardArgs& args;
   uint32_t own_first, own_second, stages;  // shared memory: K and V, or Q and dO; partners
-  int32_t b, h, key_head;
+  int32_t b, h;
   int32_t first, count;  // owners: place of the first
   int lane, warp_row;
-  uint64_t seed;
+
+  // x anew: keeps the compiler from carrying what it derives from x through the main loops, whose
+  // registers are full.
+  static __device__ __forceinline__ int32_t afresh(int32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+  }
 
   // A thread's owners.
   struct Owners {
     float shift[kRowTiles][2], delta[kRowTiles][2];  // where they are queries
-    int32_t token[kRowTiles][2];                     // kGeneral; -1: none
   };
 
-  __device__ __forceinline__ const int32_t* tokens_of(bool queries) const {
+  __device__ __forceinline__ const int32_t* tokens_of(bool queries, int64_t batch) const {
     const TokenOrder& order = queries ? args.common.queries : args.common.keys;
-    return order.tokens == nullptr ? nullptr : order.tokens + b * order.length;
+    return order.tokens == nullptr ? nullptr : order.tokens + batch * order.length;
   }
   // `queries`: rows of a query head in the queries' order; else of the key head in the keys'.
   template <int kRows>
   __device__ __forceinline__ void load(const TileRows& from, bool queries, uint32_t to, int32_t at,
                                        int32_t rows) const {
-    const T* const data = static_cast<const T*>(from.data) + b * from.stride_b +
-                          (queries ? h : key_head) * from.stride_h;
-    load_tile<T, kDim, kRows, kThreads, 1>(to, data, from.stride_n,
-                                        from.gathered ? tokens_of(queries) : nullptr, at, rows,
-                                        from.pieces);
+    const int32_t batch = afresh(b);
+    const T* const data = static_cast<const T*>(from.data) + batch * from.stride_b +
+                          (queries ? h : h / args.group) * from.stride_h;
+    const int32_t* const tokens = from.gathered ? tokens_of(queries, batch) : nullptr;
+    load_tile<T, kDim, kRows, kThreads, 1>(to, data, from.stride_n, tokens, at, rows, from.pieces);
   }
   __device__ __forceinline__ void load_owners(bool raw, bool again) const {
     const TileRows& from = kOwnsQueries ? (raw ? args.q_raw : args.q) : (raw ? args.k_raw : args.k);
@@ -77,8 +82,9 @@ struct BackwardKernel {
                         count);
   }
   __device__ __forceinline__ const float2* stats() const {
+    const int64_t batch = afresh(b);
     return static_cast<const float2*>(args.common.stats) +
-           (b * args.common.heads + h) * args.common.query_count;
+           (batch * args.common.heads + h) * args.common.query_count;
   }
   template <int kTile>
   __device__ __forceinline__ void load_partners(bool raw, uint32_t stage, int32_t at,
@@ -165,14 +171,23 @@ struct BackwardKernel {
   }
 
   __device__ __forceinline__ int32_t partner_token(int32_t place) const {
-    const int32_t* const tokens = tokens_of(!kOwnsQueries);
+    const int32_t* const tokens = tokens_of(!kOwnsQueries, b);
     return tokens == nullptr ? place : tokens[place];
+  }
+
+  // -1: there is none. Looked up each time; kept, it would cost the main loop a spill.
+  __device__ __forceinline__ int32_t owner_token(int m, int half) const {
+    const int32_t* const tokens = tokens_of(kOwnsQueries, afresh(b));
+    const int32_t row = row_of_half(m, half);
+    if (row >= count) return -1;
+    return tokens == nullptr ? first + row : tokens[first + row];
   }
 
   // Scores in log2 with the bias.
   template <int kColumns>
-  __device__ __forceinline__ void add_biases(const Owners& owners, int32_t at, int32_t rows,
+  __device__ __forceinline__ void add_biases(int32_t at, int32_t rows,
                                              float (&s)[kRowTiles][kColumns][4]) const {
+    const ScoreBias& bias = args.common.bias;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -181,22 +196,21 @@ struct BackwardKernel {
         for (int i = 0; i < 4; ++i) s[m][n][i] *= args.scale_log2;
       }
     }
-    const ScoreBias& bias = args.common.bias;
     if (bias.data == nullptr) return;
     with_bias(bias, [&](const auto* data) {
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
+      for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = 8 * n + 2 * (lane % 4) + c;
-          if (column >= rows) continue;
-          const int32_t partner = partner_token(at + column);
+        for (int half = 0; half < 2; ++half) {
+          const int32_t owner = owner_token(m, half);
+          if (owner < 0) continue;
 #pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
+          for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int32_t owner = owners.token[m][half];
-              if (owner < 0) continue;
+            for (int c = 0; c < 2; ++c) {
+              const int column = 8 * n + 2 * (lane % 4) + c;
+              if (column >= rows) continue;
+              const int32_t partner = partner_token(at + column);
               const int32_t query = kOwnsQueries ? owner : partner;
               const int32_t key = kOwnsQueries ? partner : owner;
               add_bias(s[m][n][2 * half + c], data[bias.row(b, h, query) + key * bias.stride_m]);
@@ -207,77 +221,118 @@ struct BackwardKernel {
     });
   }
 
-  // Bit (2 n + c) of [m][half]: dropout keeps the pair. The loop that draws is not unrolled; its
-  // code is long enough once.
+  // Weights that dropout drops get a minus sign, which 0 can have too. The loop that draws is not
+  // unrolled; its code is long enough once.
   template <int kColumns>
-  __device__ __forceinline__ void draw(const Owners& owners, int32_t at, int32_t rows,
-                                       uint32_t (&kept)[kRowTiles][2]) const {
+  __device__ __forceinline__ void drop(int32_t at, int32_t rows,
+                                       float (&s)[kRowTiles][kColumns][4]) const {
+    // Read each time: registers are short.
+    const auto seed = static_cast<uint64_t>(*args.common.dropout.seed);
     const Dropout dropout{seed, args.common.dropout.threshold, 1.0f};
-    const int64_t head = b * args.common.heads + h;
+    const int64_t head = static_cast<int64_t>(b) * args.common.heads + h;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        kept[m][half] = 0;
-        const int32_t owner = owners.token[m][half];
+        const int32_t owner = owner_token(m, half);
         if (owner < 0) continue;
+        uint32_t dropped = 0;
 #pragma unroll 1
         for (int i = 0; i < 2 * kColumns; ++i) {
           const int column = 8 * (i / 2) + 2 * (lane % 4) + i % 2;
           if (column >= rows) break;
           const int32_t partner = partner_token(at + column);
-          const bool keeps = dropout_factor(dropout, head, kOwnsQueries ? owner : partner,
-                                            kOwnsQueries ? partner : owner) != 0.0f;
-          kept[m][half] |= static_cast<uint32_t>(keeps) << i;
+          const bool drops = dropout_factor(dropout, head, kOwnsQueries ? owner : partner,
+                                            kOwnsQueries ? partner : owner) == 0.0f;
+          dropped |= static_cast<uint32_t>(drops) << i;
+        }
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            float& x = s[m][n][2 * half + c];
+            x = __uint_as_float(__float_as_uint(x) | (dropped >> (2 * n + c) & 1) << 31);
+          }
         }
       }
     }
   }
 
-  // Scores become weights (dropped ones 0), and `grads` (dP) the gradients of the scores.
+  // Logsumexp and delta of partner 8 n + 2 * (lane % 4) and the next.
+  __device__ __forceinline__ void load_stats(uint32_t stage, int n, float (&shifts)[2],
+                                             float (&deltas)[2]) const {
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(shifts[0]), "=f"(deltas[0]), "=f"(shifts[1]), "=f"(deltas[1])
+                 : "r"(stage + 2 * kPartners * kDim * 2 + (8 * n + 2 * (lane % 4)) * 8)
+                 : "memory");
+  }
+
+  // Scores become weights.
   template <int kColumns>
-  __device__ __forceinline__ void weigh(const Owners& owners, uint32_t stage, int32_t at,
-                                        int32_t rows, float (&s)[kRowTiles][kColumns][4],
-                                        float (&grads)[kRowTiles][kColumns][4]) const {
-    uint32_t kept[kRowTiles][2];
-    const bool drops = kGeneral && args.common.dropout.seed != nullptr;
-    if constexpr (kGeneral) {
-      add_biases(owners, at, rows, s);
-      if (drops) draw<kColumns>(owners, at, rows, kept);
-    }
+  __device__ __forceinline__ void soften(const Owners& owners, uint32_t stage, int32_t at,
+                                         int32_t rows, float (&s)[kRowTiles][kColumns][4]) const {
+    if constexpr (kGeneral) add_biases(at, rows, s);
     const float scale = kGeneral ? 1.0f : args.scale_log2;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       float shifts[2];
       float deltas[2];
-      if constexpr (!kOwnsQueries) {
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(shifts[0]), "=f"(deltas[0]), "=f"(shifts[1]), "=f"(deltas[1])
-                     : "r"(stage + 2 * kPartners * kDim * 2 + (8 * n + 2 * (lane % 4)) * 8)
-                     : "memory");
-      }
+      if constexpr (!kOwnsQueries) load_stats(stage, n, shifts, deltas);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int half = i / 2;
-          const int c = i % 2;
-          const float shift = kOwnsQueries ? owners.shift[m][half] : shifts[c];
-          const float delta = kOwnsQueries ? owners.delta[m][half] : deltas[c];
-          float weight = power_of_two(fmaf(s[m][n][i], scale, -shift));
+          const float shift = kOwnsQueries ? owners.shift[m][i / 2] : shifts[i % 2];
+          s[m][n][i] = power_of_two(fmaf(s[m][n][i], scale, -shift));
           // Zeros in place of absent keys have no logsumexp that bounds their weights.
-          if (kOwnsQueries && 8 * n + 2 * (lane % 4) + c >= rows) weight = 0.0f;
-          float grad = kFirst ? grads[m][n][i] : 0.0f;
-          s[m][n][i] = weight;
-          if constexpr (kGeneral) {
-            if (drops) {
-              const bool keeps = (kept[m][half] >> (2 * n + c) & 1) != 0;
-              s[m][n][i] = keeps ? weight : 0.0f;
-              grad = keeps ? grad * args.common.dropout.kept : 0.0f;
-            }
-          }
-          if (kFirst) grads[m][n][i] = weight * (grad - delta);
+          if (kOwnsQueries && 8 * n + 2 * (lane % 4) + i % 2 >= rows) s[m][n][i] = 0.0f;
         }
+      }
+    }
+    if constexpr (kGeneral) {
+      if (args.common.dropout.seed != nullptr) drop(at, rows, s);
+    }
+  }
+
+  // `grads` (dP) become the gradients of the scores, and dropped weights 0.
+  template <int kColumns>
+  __device__ __forceinline__ void differentiate(const Owners& owners, uint32_t stage,
+                                                float (&s)[kRowTiles][kColumns][4],
+                                                float (&grads)[kRowTiles][kColumns][4]) const {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      float shifts[2];
+      float deltas[2];
+      if constexpr (!kOwnsQueries) load_stats(stage, n, shifts, deltas);
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float delta = kOwnsQueries ? owners.delta[m][i / 2] : deltas[i % 2];
+          float grad = grads[m][n][i];
+          float& weight = s[m][n][i];
+          if constexpr (kGeneral) {
+            const bool keeps = !signbit(weight);
+            grad = keeps ? grad * args.common.dropout.kept : 0.0f;
+            grads[m][n][i] = fabsf(weight) * (grad - delta);
+            weight = keeps ? weight : 0.0f;
+          } else {
+            grads[m][n][i] = weight * (grad - delta);
+          }
+        }
+      }
+    }
+  }
+
+  // Dropped weights become 0.
+  template <int kColumns>
+  __device__ __forceinline__ void keep(float (&s)[kRowTiles][kColumns][4]) const {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[m][n][i] = signbit(s[m][n][i]) ? 0.0f : s[m][n][i];
       }
     }
   }
@@ -289,10 +344,15 @@ struct BackwardKernel {
     const uint32_t partners = stage;
     const uint32_t second = stage + kPartners * kDim * 2;
     float s[kRowTiles][kColumns][4];
-    float grads[kRowTiles][kColumns][4];
+    [[maybe_unused]] float grads[kRowTiles][kColumns][4];
     multiply(own_first, partners, rows, s);
-    if constexpr (kFirst) multiply(own_second, second, rows, grads);
-    weigh(owners, stage, at, rows, s, grads);
+    soften(owners, stage, at, rows, s);
+    if constexpr (kFirst) {
+      multiply(own_second, second, rows, grads);
+      differentiate(owners, stage, s, grads);
+    } else if constexpr (kGeneral) {
+      keep(s);
+    }
     if constexpr (kSecond) add_products(s, second, sums.second);
     if constexpr (kFirst) add_products(grads, partners, sums.first);
   }
@@ -330,16 +390,11 @@ struct BackwardKernel {
     return warp_row + 16 * m + 8 * half + lane / 4;
   }
   __device__ __forceinline__ void look_up(Owners& owners) const {
-    const int32_t* const tokens = tokens_of(kOwnsQueries);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t row = row_of_half(m, half);
-        const int32_t place = first + min(row, count - 1);
-        if (kGeneral) {
-          owners.token[m][half] = row >= count ? -1 : tokens == nullptr ? place : tokens[place];
-        }
+        const int32_t place = first + min(row_of_half(m, half), count - 1);
         if (kOwnsQueries) {
           const float2 x = stats()[place];
           owners.shift[m][half] = x.x;
@@ -360,12 +415,6 @@ struct BackwardKernel {
       }
     }
   }
-  // x anew: keeps the compiler from carrying what it derives from x through the main loops, whose
-  // registers are full.
-  static __device__ __forceinline__ int32_t afresh(int32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
   // To rows of `width` from place `first` on.
   __device__ __forceinline__ void store(void* to, int32_t width,
                                         float (&sums)[kRowTiles][kDim / 8][4]) const {
@@ -374,7 +423,7 @@ struct BackwardKernel {
     const int32_t own = thread / kWarpSize * kRowTiles * 16 + thread % kWarpSize / 4;
     const int64_t batch = afresh(b);
     const int64_t head = kOwnsQueries ? batch * args.common.heads + h
-                                      : batch * args.common.key_heads + key_head;
+                                      : batch * args.common.key_heads + h / args.group;
     float* const rows = static_cast<float*>(to) + (head * order.length + first) * width;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -395,35 +444,38 @@ struct BackwardKernel {
 
   // Owners without a position meet all partners unrotated; the others first the rotated ones, then,
   // unrotated themselves, those without. dV is the same in both frames.
+  // Over the query heads that share the owners' key head, or the owners' own head.
+  template <int kTile>
+  __device__ __forceinline__ void pass_heads(const Owners& owners, bool raw, int32_t at,
+                                             int32_t last, Sums& sums) {
+    const int32_t heads = kOwnsQueries ? 1 : args.group;
+#pragma unroll 1
+    for (int32_t i = 0; i < heads; ++i, ++h) pass<kTile>(owners, raw, at, last, sums);
+    h -= heads;
+  }
+
   __device__ __forceinline__ void run(bool special, Sums& sums) {
     const TokenOrder& other = kOwnsQueries ? args.common.keys : args.common.queries;
-    const int32_t with = other.with_position(b);
-    const int32_t all = with + other.without_position(b);
-    const int32_t group =
-        kOwnsQueries ? 1 : static_cast<int32_t>(args.common.heads / args.common.key_heads);
     const GradSums& to = kOwnsQueries ? args.dq : args.dk;
     Owners owners;
     look_up(owners);
     if constexpr (kFirst) clear(sums.first);
     if constexpr (kSecond) clear(sums.second);
     load_owners(false, false);
-#pragma unroll 1
-    for (int32_t i = 0; i < group; ++i) {
-      if (!kOwnsQueries) h = key_head * group + i;
-      pass<kPartners>(owners, special, 0, special ? all : with, sums);
-    }
+    int32_t with = other.with_position(b);
+    pass_heads<kPartners>(owners, special, 0, special ? with + other.without_position(b) : with,
+                          sums);
     if constexpr (kFirst) store(to.main, to.width, sums.first);
+    const int32_t batch = afresh(b);
+    with = other.with_position(batch);
+    const int32_t all = with + other.without_position(batch);
     if (!special && with < all) {
       copy_async_commit();  // without ordinary partners the owners are still on their way
       copy_async_wait<0>();
       __syncthreads();
       load_owners(true, true);
       if constexpr (kFirst) clear(sums.first);
-#pragma unroll 1
-      for (int32_t i = 0; i < group; ++i) {
-        if (!kOwnsQueries) h = key_head * group + i;
-        pass<kNarrowPartners>(owners, false, with, all, sums);
-      }
+      pass_heads<kNarrowPartners>(owners, false, with, all, sums);
       if constexpr (kFirst) store(to.raw, to.width, sums.first);
     }
     if constexpr (kSecond) store(args.dv.main, args.dv.width, sums.second);
@@ -461,13 +513,11 @@ __global__ void __launch_bounds__(BackwardKernel<T, kDim, kSum, kGeneral>::kThre
                 start + kOwners * kDim * 2,
                 start + 2 * kOwners * kDim * 2,
                 static_cast<int32_t>(b),
-                h,
-                kOwnsQueries ? h / static_cast<int32_t>(p.heads / p.key_heads) : h,
+                kOwnsQueries ? h : h * args.group,
                 first,
                 min(kOwners, end - first),
                 static_cast<int>(threadIdx.x) % kWarpSize,
-                warp * Kernel::kRowTiles * 16,
-                kGeneral && p.dropout.seed != nullptr ? static_cast<uint64_t>(*p.dropout.seed) : 0};
+                warp * Kernel::kRowTiles * 16};
   typename Kernel::Sums sums;
   kernel.run(special, sums);
 }
