@@ -40,10 +40,12 @@ struct ForwardShape {
 // memory feeds two products; 32 rows * 256 channels of sums would not fit the registers, so there
 // 8 warps have one row tile each, and tiles of 32 keys let a block fit the 99 KB of sm_86 and
 // sm_89. Eight warps a multiprocessor, as FlashAttention-2 has, or more.
-// With biases or dropout, 96 channels leave no registers for the scores of 64 keys.
+// With biases or dropout, 96 channels leave no registers for the scores of 64 keys, and 128 none
+// for two row tiles.
 constexpr ForwardShape forward_shape(int32_t dim, bool wide, bool general) {
   if (!wide) return {4, 1, kFewRows, 64, 64, 16};
-  if ((dim == 96 || dim == 128) && general) return {4, 2, 128, 32, 16, 32};
+  if (dim == 96 && general) return {4, 2, 128, 32, 16, 32};
+  if (dim == 128 && general) return {8, 1, 128, 64, 16, 64};
   return dim <= 128 ? ForwardShape{4, 2, 128, 64, 16, 64} : ForwardShape{8, 1, 128, 32, 16, 32};
 }
 

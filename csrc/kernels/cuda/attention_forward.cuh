@@ -567,7 +567,8 @@ __device__ __forceinline__ int64_t first_slot(const ForwardArgs& args) {
 
 template <typename T, int kDim, bool kWide, bool kGeneral>
 __global__ void __launch_bounds__(ForwardKernel<T, kDim, kWide, kGeneral>::kThreads,
-                                  kDim <= 128 ? 2 : 1)
+                                  ForwardKernel<T, kDim, kWide, kGeneral>::kShape.warps <= 4 ? 2
+                                                                                             : 1)
     attention_forward_kernel(const __grid_constant__ ForwardArgs args) {
   using Kernel = ForwardKernel<T, kDim, kWide, kGeneral>;
   extern __shared__ __align__(128) char shared[];
