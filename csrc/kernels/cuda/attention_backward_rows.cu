@@ -8,6 +8,7 @@ namespace x_rope_cls::cuda {
 namespace {
 
 constexpr int kRowThreads = 128;
+constexpr int kStatsRows = 32;  // of a block
 constexpr int64_t kMostBlocks = INT32_MAX;
 
 struct StatsArgs {
@@ -21,45 +22,65 @@ struct StatsArgs {
   bool whole, log2;
 };
 
-// A warp a row.
+struct QueryPlace {
+  int64_t b, h, n;
+};
+// Of row `row`: the rows of a head are in the order of its queries.
+__device__ __forceinline__ QueryPlace query_at(const StatsArgs& p, int64_t row) {
+  const int64_t b = row / p.queries / p.heads;
+  return {b, row / p.queries % p.heads, p.order.token(b, static_cast<int32_t>(row % p.queries))};
+}
+
+template <typename C>
+struct alignas(2 * sizeof(C)) RowStats {
+  C lse, delta;
+};
+
+// kStatsRows rows a block. Warps take rows for delta; then a thread has a row, so that neighbours
+// read and write neighbours.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) stats_kernel(StatsArgs p, Compute<T>* stats) {
   using C = Compute<T>;
+  __shared__ C deltas[kStatsRows];
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int64_t row =
-      static_cast<int64_t>(blockIdx.x) * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
-  if (row >= p.rows) return;
-  const int64_t place = row % p.queries;
-  const int64_t h = row / p.queries % p.heads;
-  const int64_t b = row / p.queries / p.heads;
-  const int64_t n = p.order.token(b, static_cast<int32_t>(place));
-  const Row<T> out = row_of<T>(p.out, b, h, n, p.channels, p.whole);
-  Row<T> grad = row_of<T>(p.grad_out, b, h, n, p.channels, p.whole);
-  C delta = 0;
-  for (int32_t c = lane * kPiece<T>; c < p.channels; c += kWarpSize * kPiece<T>) {
-    C x[kPiece<T>];
-    C y[kPiece<T>];
-    load_piece(out, c, x);
-    load_piece(grad, c, y);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kStatsRows;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(kStatsRows), p.rows - first));
+  for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < rows; i += kRowThreads / kWarpSize) {
+    const QueryPlace at = query_at(p, first + i);
+    const Row<T> out = row_of<T>(p.out, at.b, at.h, at.n, p.channels, p.whole);
+    const Row<T> grad = row_of<T>(p.grad_out, at.b, at.h, at.n, p.channels, p.whole);
+    C delta = 0;
+    for (int32_t c = lane * kPiece<T>; c < p.channels; c += kWarpSize * kPiece<T>) {
+      C x[kPiece<T>];
+      C y[kPiece<T>];
+      load_piece(out, c, x);
+      load_piece(grad, c, y);
 #pragma unroll
-    for (int i = 0; i < kPiece<T>; ++i) delta += x[i] * y[i];
-  }
+      for (int j = 0; j < kPiece<T>; ++j) delta += x[j] * y[j];
+    }
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    delta += __shfl_xor_sync(0xffffffffU, delta, offset);
+    for (int offset = 16; offset > 0; offset /= 2) {
+      delta += __shfl_xor_sync(0xffffffffU, delta, offset);
+    }
+    if (lane == 0) deltas[i] = delta;
   }
-  if (lane != 0) return;
+  __syncthreads();
+  const int own = static_cast<int>(threadIdx.x);
+  if (own >= rows) return;
+  const QueryPlace at = query_at(p, first + own);
+  RowStats<C> result{0, deltas[own]};
   if (p.grad_lse != nullptr) {
-    delta -= static_cast<const C*>(
-        p.grad_lse)[b * p.grad_lse_stride_b + h * p.grad_lse_stride_h + n * p.grad_lse_stride_n];
+    result.delta -=
+        static_cast<const C*>(p.grad_lse)[at.b * p.grad_lse_stride_b + at.h * p.grad_lse_stride_h +
+                                          at.n * p.grad_lse_stride_n];
   }
   // +infinity, and so weights 0, for rows with nothing to attend to and for those hidden by biases
   // so large that nothing is left of the scores.
   constexpr C kHidden = static_cast<C>(sizeof(C) == 8 ? -1e300 : -1e30);
-  C lse = static_cast<const C*>(p.lse)[(b * p.heads + h) * p.queries + n];
+  C lse = static_cast<const C*>(p.lse)[(at.b * p.heads + at.h) * p.queries + at.n];
   if (p.log2) lse *= static_cast<C>(kLog2E);
-  stats[2 * row] = lse < kHidden ? static_cast<C>(INFINITY) : lse;
-  stats[2 * row + 1] = delta;
+  result.lse = lse < kHidden ? static_cast<C>(INFINITY) : lse;
+  reinterpret_cast<RowStats<C>*>(stats)[first + own] = result;
 }
 
 struct FinishArgs {
@@ -73,11 +94,24 @@ struct FinishArgs {
   double factor;
 };
 
-// A piece of a row a thread.
+template <typename C>
+__device__ __forceinline__ void load_sums(const C* from, C (&x)[kPiece<C>]) {
+  const Piece<C> piece = *reinterpret_cast<const Piece<C>*>(from);
+#pragma unroll
+  for (int i = 0; i < kPiece<C>; ++i) x[i] = piece.values[i];
+}
+
+// kCount results, for one store.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Results {
+  T values[kCount];
+};
+
+// 16 bytes of the sums a thread.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p) {
   using C = Compute<T>;
-  constexpr int kCount = kPiece<T>;
+  constexpr int kCount = kPiece<C>;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
   if (index >= p.pieces_all) return;
   const int64_t row = index / p.pieces;
@@ -92,8 +126,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p)
   const C* const main = static_cast<const C*>(p.sums.main) + row * p.sums.width;
   const C factor = static_cast<C>(p.factor);
   C x[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = main[first + i];
+  load_sums(main + first, x);
   if (p.rotated.data != nullptr) {
     C* const to = static_cast<C*>(p.rotated.data) + b * p.rotated.stride_b +
                   h * p.rotated.stride_h + n * p.rotated.stride_n;
@@ -105,21 +138,29 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p)
     }
   }
   if (turned) {
-    rotate_piece(x, angles_of<C>(p.table, b, h, n, p.pairs, p.interleaved, true), first, true,
-                 [&](int, int32_t c) { return main[c]; });
+    const auto angles = angles_of<C>(p.table, b, h, n, p.pairs, p.interleaved, true);
+    if (!p.interleaved && p.pairs % kCount == 0 && first < 2 * p.pairs) {
+      C others[kCount];
+      load_sums(main + (first < p.pairs ? first + p.pairs : first - p.pairs), others);
+      rotate_piece(x, angles, first, true, [&](int i, int32_t) { return others[i]; });
+    } else {
+      rotate_piece(x, angles, first, true, [&](int, int32_t c) { return main[c]; });
+    }
   }
   if (p.sums.raw != nullptr && place < with && p.partners.without_position(b) > 0) {
     const C* const raw = static_cast<const C*>(p.sums.raw) + row * p.sums.width;
+    C y[kCount];
+    load_sums(raw + first, y);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] += raw[first + i];
+    for (int i = 0; i < kCount; ++i) x[i] += y[i];
   }
   T* const to =
       static_cast<T*>(p.to.data) + b * p.to.stride_b + h * p.to.stride_h + n * p.to.stride_n;
-  Piece<T> piece;
+  Results<T, kCount> piece;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) piece.values[i] = from_compute<T>(x[i] * factor);
   if (p.whole) {
-    *reinterpret_cast<Piece<T>*>(to + first) = piece;
+    *reinterpret_cast<Results<T, kCount>*>(to + first) = piece;
     return;
   }
 #pragma unroll
@@ -171,7 +212,7 @@ cudaError_t row_stats(const AttentionBackwardParams& params, const TokenOrder& o
     a.whole =
         rows_are_whole<T>(p.out, p.value_dim) && rows_are_whole<T>(params.grad_out, p.value_dim);
     a.log2 = log2;
-    const int64_t blocks = ceil_div(a.rows, kRowThreads / kWarpSize);
+    const int64_t blocks = ceil_div(a.rows, kStatsRows);
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
     stats_kernel<T><<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(
@@ -196,7 +237,7 @@ cudaError_t finish_sums(const FinishParams& params, cudaStream_t stream) {
     a.whole = rows_are_whole<T>(params.to, params.channels);
     a.heads = params.heads;
     a.tokens = params.tokens;
-    a.pieces = static_cast<int32_t>(ceil_div(params.channels, kPiece<T>));
+    a.pieces = static_cast<int32_t>(ceil_div(params.channels, kPiece<Compute<T>>));
     a.pieces_all = params.batch * params.heads * params.tokens * a.pieces;
     a.pairs = static_cast<int32_t>(params.pairs);
     a.channels = static_cast<int32_t>(params.channels);

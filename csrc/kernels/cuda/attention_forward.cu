@@ -267,9 +267,9 @@ cudaError_t launch_half(int32_t dim, const ForwardArgs& args, bool wide, int64_t
 template <typename T>
 cudaError_t merge_parts(const ForwardArgs& args, int64_t units, cudaStream_t stream) {
   MergeArgs m{args.rows, args.partial, args.out, args.lse, args.queries, units, args.value_dim};
-  const int64_t grid = ceil_div(units * args.partial.slots, kMergeWarps);
+  const int64_t grid = units * ceil_div(args.partial.slots, kMergeRows);
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  attention_merge_kernel<T><<<static_cast<unsigned>(grid), kMergeWarps * kWarpSize, 0, stream>>>(m);
+  attention_merge_kernel<T><<<static_cast<unsigned>(grid), kMergeThreads, 0, stream>>>(m);
   return cudaGetLastError();
 }
 

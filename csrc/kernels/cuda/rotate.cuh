@@ -93,18 +93,21 @@ __device__ __forceinline__ Pair pair_of(const Angles<C>& a, int32_t c) {
   return {second ? c - a.pairs : c, second ? c - a.pairs : c + a.pairs, second};
 }
 
-// cos or sin of pairs first ... first + kCount - 1, in pieces of 16 bytes where they can be.
+// cos or sin of pairs first ... first + kCount - 1, in pieces of up to 16 bytes where they can be.
 template <typename C, int kCount>
 __device__ __forceinline__ void load_angles(const C* from, int64_t stride, int32_t first,
                                             C (&angles)[kCount]) {
-  constexpr int kStep = 16 / static_cast<int>(sizeof(C));
+  constexpr int kStep = kCount < kPiece<C> ? kCount : kPiece<C>;
+  struct alignas(kStep * sizeof(C)) Step {
+    C values[kStep];
+  };
   const C* const at = from + first * stride;
-  if (kCount % kStep == 0 && stride == 1 && reinterpret_cast<uintptr_t>(at) % 16 == 0) {
+  if (kCount % kStep == 0 && stride == 1 && reinterpret_cast<uintptr_t>(at) % alignof(Step) == 0) {
 #pragma unroll
     for (int i = 0; i < kCount; i += kStep) {
-      const Piece<C> piece = *reinterpret_cast<const Piece<C>*>(at + i);
+      const Step step = *reinterpret_cast<const Step*>(at + i);
 #pragma unroll
-      for (int j = 0; j < kStep; ++j) angles[i + j] = piece.values[j];
+      for (int j = 0; j < kStep; ++j) angles[i + j] = step.values[j];
     }
     return;
   }
