@@ -22,11 +22,13 @@ struct BackwardShape {
 // Up to 64 channels two row tiles a warp, so that every fragment of the partners feeds two
 // products. Beyond, the sums of dK and dV of 32 owners do not fit the registers: one row tile, 8
 // warps. At 256 channels not even those of 16 do; dK and dV are summed by kernels of their own, and
-// only one tile of partners fits. 8 warps a multiprocessor, as FlashAttention-2 has, or more.
+// tiles of 16 partners leave registers for the sums and room for two; some instances spill 4 to 12
+// bytes, which waiting for a single tile would not be worth. 8 warps a multiprocessor, as
+// FlashAttention-2 has, or more.
 constexpr BackwardShape backward_shape(int32_t dim) {
   if (dim <= 64) return {4, 2, 128, 32, 2, 2};
   if (dim <= 128) return {8, 1, 128, 32, 2, 1};
-  return {8, 1, 128, 32, 1, 1};
+  return {8, 1, 128, 16, 2, 1};
 }
 constexpr int32_t kNarrowPartners = 16;  // of a tile of tokens without a position, which are few
 constexpr bool backward_joins_keys_and_values(int32_t dim) { return dim <= 128; }
