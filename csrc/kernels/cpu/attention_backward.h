@@ -55,12 +55,7 @@ struct Keys {
   bool raw_too;  // rows without a position need the ordinary keys unrotated
   bool padding;
 
-  // The key in a column, or -1 in padding.
-  int64_t token(int64_t column) const {
-    if (column < columns.special_start) return column < columns.ordinary ? split.index[column] : -1;
-    const int64_t i = column - columns.special_start;
-    return i < columns.special ? split.index[columns.ordinary + i] : -1;
-  }
+  int64_t token(int64_t column) const { return token_at(columns, split, column); }
 };
 
 // One query head, rows in the split's order. `q` is as rows with a position meet keys with one.
@@ -179,7 +174,7 @@ BackwardPlan<U> make_backward_plan(const AttentionBackwardParams& g, int64_t mos
   plan.stack_rows = ceil_div(plan.row_block, kTogether<U>);
   const int64_t columns = most_columns<T>(p.keys);
   plan.key_blocks = ceil_div(columns, kBackwardKeys);
-  plan.block_columns = min_of(columns, kBackwardKeys + 2 * kLanes<T>);
+  plan.block_columns = min_of(columns, kBackwardKeys + kBlockExcess * kLanes<T>);
   plan.key_width = round_up(p.head_dim, kLanes<T>);
   plan.value_width = round_up(p.value_dim, kLanes<T>);
   plan.key_stride = plan.key_width / kTogether<U>;

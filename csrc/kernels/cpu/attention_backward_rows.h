@@ -181,7 +181,7 @@ void pack_keys(const BackwardPlan<Operand<S>>& plan, const Keys& keys,
   using U = Operand<S>;
   const AttentionParams& p = plan.g->forward;
   for (int64_t c = keys.first; c < keys.last;) {
-    const int64_t width = panel_width<T>(keys.columns, c);
+    const int64_t width = panel_at<T>(keys.columns, c).width;
     const bool ordinary = c < keys.columns.special_start;
     const int64_t at = c - keys.first;
     const int64_t stack = at / kTogether<U> * plan.key_width;

@@ -7,6 +7,7 @@
 #include "../attention.h"
 #include "arena.h"
 #include "convert.h"
+#include "few_rows.h"
 #include "philox.h"
 #include "rotate.h"
 #include "softmax.h"
@@ -115,36 +116,69 @@ static inline SplitSource key_source(const AttentionParams& p) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// Columns. Each class of keys starts at a whole vector; panels are two vectors wide, the last of a
-// class may be one. Columns beyond a class's keys are padding.
+// Columns of scores: keys with a position, then those without. Keys are packed in panels two
+// vectors wide, the last of a class may be one; columns behind the last key are padding.
 
 struct Columns {
   int64_t ordinary, special;  // keys
   int64_t special_start;      // column of the first special key
-  int64_t total;
+  int64_t total;              // whole vectors
 };
 
+// Each class starts at a whole vector.
 template <typename T>
 X_ROPE_CLS_INLINE Columns columns_of(const Split& s) {
   const int64_t start = round_up(s.ordinary, kLanes<T>);
   return {s.ordinary, s.special, start, start + round_up(s.special, kLanes<T>)};
+}
+// Special keys that fit into one vector start right behind the others, so that a few of them need
+// no columns, or hardly any, beyond those of the keys.
+template <typename T>
+X_ROPE_CLS_INLINE Columns close_columns_of(const Split& s) {
+  if (s.special == 0 || s.special > kLanes<T>) return columns_of<T>(s);
+  return {s.ordinary, s.special, s.ordinary, round_up(s.ordinary + s.special, kLanes<T>)};
 }
 // Columns that no split of so many keys exceeds.
 template <typename T>
 X_ROPE_CLS_INLINE int64_t most_columns(int64_t keys) {
   return round_up(keys, kLanes<T>) + kLanes<T>;
 }
+
+// The panel of keys whose scores start at a column. It is as wide as its packed keys, which may be
+// more than the columns to the next one: that one's scores are written later.
+struct Panel {
+  int64_t columns;  // to the next panel
+  int64_t width;    // one or two vectors
+  int64_t packed;   // where it starts among the packed keys
+};
 template <typename T>
-X_ROPE_CLS_INLINE int64_t panel_width(const Columns& c, int64_t column) {
-  const int64_t end = column < c.special_start ? c.special_start : c.total;
-  return min_of<int64_t>(2 * kLanes<T>, end - column);
+X_ROPE_CLS_INLINE Panel panel_at(const Columns& c, int64_t column) {
+  constexpr int64_t kL = kLanes<T>;
+  const bool ordinary = column < c.special_start;
+  if (!ordinary && c.special_start % kL != 0) {  // the only one
+    return {c.total - column, kL, round_up(c.special_start, kL)};
+  }
+  const int64_t width = min_of(2 * kL, (ordinary ? c.special_start : c.total) - column);
+  return {width, round_up(width, kL), column};
 }
-// End of the block of whole panels that starts at `column`; it exceeds `most` by less than a panel.
+
+// End of the block of whole panels that starts at `column`, a whole number of vectors. A short
+// rest is taken along; it may exceed `most` by kBlockExcess vectors.
+constexpr int64_t kBlockExcess = 3;
 template <typename T>
 X_ROPE_CLS_INLINE int64_t block_end(const Columns& c, int64_t column, int64_t most) {
+  constexpr int64_t kL = kLanes<T>;
   int64_t end = column;
-  while (end < c.total && end - column < most) end += panel_width<T>(c, end);
-  return end;
+  while (end < c.total && (end - column < most || end % kL != 0))
+    end += panel_at<T>(c, end).columns;
+  return c.total - end <= 2 * kL && end - column <= most + kL ? c.total : end;
+}
+
+// The key in a column, or -1 in padding.
+X_ROPE_CLS_INLINE int64_t token_at(const Columns& c, const Split& s, int64_t column) {
+  if (column < c.ordinary) return s.index[column];
+  const int64_t i = column - c.special_start;
+  return i >= 0 && i < c.special ? s.index[c.ordinary + i] : -1;
 }
 
 // The keys of one class in columns [first, last): f(offset of the column from `first`, indices,
@@ -208,6 +242,37 @@ X_ROPE_CLS_INLINE void pack_row(const AttentionParams& p, const Tensor4& x, cons
   for (int64_t i = channels; i < padded; ++i) to[i] = T{0};
 }
 
+// Indices in a run ascend, so its keys are neighbours where the ends are `count` apart.
+X_ROPE_CLS_INLINE bool neighbours(const int32_t* index, int64_t count) {
+  return index[count - 1] - index[0] == count - 1;
+}
+
+// Dense rows of x (k or v) of the tokens in `index`, their channels padded to `width`: where they
+// lie (in_place: they could be used so), or packed in `buffer`.
+template <typename S>
+TokenBlock<Compute<S>> read_rows(const AttentionParams& p, const Tensor4& x, int64_t b, int64_t h,
+                                 const int32_t* index, int64_t count, int64_t channels,
+                                 int64_t width, bool in_place, bool rotated, Compute<S>* buffer,
+                                 Compute<S>* table) {
+  using T = Compute<S>;
+  if constexpr (__is_same(S, T)) {
+    if (in_place && !rotated && neighbours(index, count)) {
+      return {row_at<const T>(x, b, h, index[0]), x.stride_n, count};
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const bool turned = rotated && turns(p, p.table_k, b, index[i]);
+    pack_row<S>(p, x, p.table_k, b, h, index[i], channels, width, turned, T{1}, buffer + i * width,
+                table);
+  }
+  return {buffer, width, count};
+}
+// Whether rows of x may be used where they lie.
+template <typename S>
+X_ROPE_CLS_INLINE bool in_place(const Tensor4& x, int64_t channels) {
+  return __is_same(S, Compute<S>) && x.stride_d == 1 && channels % kLanes<Compute<S>> == 0;
+}
+
 // rows[i][d], i < width, row stride `padded` (a multiple of the lanes), becomes to[d][i].
 template <typename T>
 X_ROPE_CLS_INLINE void transpose_panel(const T* rows, int64_t padded, int64_t width,
@@ -269,11 +334,6 @@ X_ROPE_CLS_INLINE T bias_log2(S value) {
   const T scaled = v * static_cast<T>(kLog2E);
   const T low = (scaled < -kLargest && v >= -kLargest) ? -kLargest : scaled;
   return (scaled > kLargest && v <= kLargest) ? kLargest : low;
-}
-
-// Indices in a run ascend, so its keys are neighbours where the ends are `count` apart.
-X_ROPE_CLS_INLINE bool neighbours(const int32_t* index, int64_t count) {
-  return index[count - 1] - index[0] == count - 1;
 }
 
 template <typename T, typename S>

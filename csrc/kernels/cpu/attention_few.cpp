@@ -72,9 +72,8 @@ FewPlan make_few_plan(const AttentionParams& p, int64_t most_workers) {
   const double flops = 2.0 * static_cast<double>(plan.units * plan.rows) *
                        static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
   plan.workers = useful_workers(most_workers, flops, kFewFlopsPerWorker);
-  const bool plain = __is_same(S, T);
-  plan.keys_in_place = plain && p.k.stride_d == 1 && plan.key_width == p.head_dim;
-  plan.values_in_place = plain && p.v.stride_d == 1 && plan.value_width == p.value_dim;
+  plan.keys_in_place = in_place<S>(p.k, p.head_dim);
+  plan.values_in_place = in_place<S>(p.v, p.value_dim);
   return plan;
 }
 
@@ -150,26 +149,6 @@ void pack_few_queries(const FewPlan& plan, const FewUnit& u, const FewScratch<Co
   }
 }
 
-// Rows of x (k or v) of the tokens in `index`, where they are, or in `buffer`.
-template <typename S>
-TokenBlock<Compute<S>> read_rows(const AttentionParams& p, const Tensor4& x, const FewUnit& u,
-                                 const int32_t* index, int64_t count, int64_t channels,
-                                 int64_t width, bool in_place, bool rotated, Compute<S>* buffer,
-                                 Compute<S>* table) {
-  using T = Compute<S>;
-  if constexpr (__is_same(S, T)) {
-    if (in_place && !rotated && neighbours(index, count)) {
-      return {row_at<const T>(x, u.b, u.key_head, index[0]), x.stride_n, count};
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const bool turned = rotated && turns(p, p.table_k, u.b, index[i]);
-    pack_row<S>(p, x, p.table_k, u.b, u.key_head, index[i], channels, width, turned, T{1},
-                buffer + i * width, table);
-  }
-  return {buffer, width, count};
-}
-
 // Scores of all rows with keys of one class.
 template <typename S>
 void score_few(const FewPlan& plan, const FewUnit& u, const int32_t* index, int64_t count,
@@ -177,8 +156,8 @@ void score_few(const FewPlan& plan, const FewUnit& u, const int32_t* index, int6
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   const auto read = [&](bool rotated, T* buffer) {
-    return read_rows<S>(p, p.k, u, index, count, p.head_dim, plan.key_width, plan.keys_in_place,
-                        rotated, buffer, s.table);
+    return read_rows<S>(p, p.k, u.b, u.key_head, index, count, p.head_dim, plan.key_width,
+                        plan.keys_in_place, rotated, buffer, s.table);
   };
   const auto score = [&](const T* query, int64_t first, int64_t last, const TokenBlock<T>& keys) {
     dot_rows(query + first * plan.key_width, plan.key_width, last - first, keys, plan.key_width,
@@ -232,8 +211,9 @@ void attend_few(const FewPlan& plan, const FewUnit& u, int64_t first, int64_t la
     const int32_t* index = u.keys.index + i;
     score_few<S>(plan, u, index, count, ordinary, s);
     soften_few<T>(plan, u, index, count, s, sums);
-    const auto values = read_rows<S>(p, p.v, u, index, count, p.value_dim, plan.value_width,
-                                     plan.values_in_place, false, s.values, s.table);
+    const auto values =
+        read_rows<S>(p, p.v, u.b, u.key_head, index, count, p.value_dim, plan.value_width,
+                     plan.values_in_place, false, s.values, s.table);
     sum_rows(s.scores, plan.columns, plan.rows, values, plan.value_width, 0, sums.out,
              plan.value_width);
     i += count;

@@ -37,10 +37,10 @@ void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, c
   transpose_panel(scratch.rows, plan.key_width, width, plan.depth, reinterpret_cast<T*>(to));
 }
 
-// Values of `width` columns from `column`; padding columns become zero rows.
+// Values of columns [first, last); padding columns become zero rows.
 template <typename S>
-void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, int64_t b, int64_t h,
-                 const int32_t* index, int64_t count, int64_t column, int64_t width,
+void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, const Split& split,
+                 int64_t b, int64_t h, int64_t first, int64_t last,
                  const RowScratch<Operand<S>>& scratch, Operand<S>* values) {
   using T = Compute<S>;
   using Ops = OperandTraits<Operand<S>>;
@@ -48,26 +48,33 @@ void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, in
   constexpr int64_t kRows = kTogether<Operand<S>>;
   const AttentionParams& p = *plan.p;
   const Operand<S>* rows[kRows];
-  for (int64_t i = 0; i < width; i += kRows) {
+  for (int64_t c = first; c < last; c += kRows) {
     for (int64_t r = 0; r < kRows; ++r) {
       T* row = scratch.rows + r * plan.value_width;
-      if (i + r < count) {
-        pack_row<S>(p, p.v, p.table_k, b, h, index[i + r], p.value_dim, plan.value_width, false,
-                    T{1}, row, scratch.table);
+      const int64_t n = token_at(columns, split, c + r);
+      if (n >= 0) {
+        pack_row<S>(p, p.v, p.table_k, b, h, n, p.value_dim, plan.value_width, false, T{1}, row,
+                    scratch.table);
       } else {
         for (int64_t d = 0; d < plan.value_width; ++d) row[d] = T{0};
       }
       rows[r] = Ops::round_row(row, plan.value_width);
     }
     for (int64_t d = 0; d < plan.value_width; d += kLanes<T>) {
-      Operand<S>* panel = values + (d / kWide * columns.total + column + i) / kRows * kWide;
+      Operand<S>* panel = values + (d / kWide * columns.total + c) / kRows * kWide;
       Ops::store_vector(panel + d % kWide,
                         Ops::stacked(rows[0] + d / kRows, rows[kRows - 1] + d / kRows));
     }
   }
 }
 
-// Panels that start in columns [first, last) of the head.
+// A few rows without a position score keys where they lie; for more of them raw panels are packed.
+template <typename U>
+bool few_apart(const ForwardPlan<U>& plan, int64_t b) {
+  return plan.queries.of(b).special * plan.group <= kFewApart;
+}
+
+// Panels that start in columns [first, last) of the head, and the values of these columns.
 template <typename S>
 void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
                int64_t unit, int64_t first, int64_t last, const RowScratch<Operand<S>>& scratch) {
@@ -76,26 +83,28 @@ void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>
   const int64_t b = unit / p.key_heads;
   const int64_t h = unit % p.key_heads;
   const Split split = plan.keys.of(b);
-  const Columns columns = columns_of<T>(split);
-  const bool raw_too = head.raw != nullptr && plan.queries.of(b).special > 0;
-  for (int64_t c = 0; c < columns.total;) {
-    const int64_t width = panel_width<T>(columns, c);
-    if (c >= first && c < last) {
+  const Columns columns = close_columns_of<T>(split);
+  const bool raw_too = head.raw != nullptr && !few_apart(plan, b);
+  for (int64_t c = 0; c < min_of(last, columns.total);) {
+    const Panel panel = panel_at<T>(columns, c);
+    if (c >= first) {
       const bool ordinary = c < columns.special_start;
       const int64_t key = ordinary ? c : columns.ordinary + (c - columns.special_start);
       const int64_t end = ordinary ? columns.ordinary : columns.ordinary + columns.special;
-      const int64_t count = min_of(width, end - key);
+      const int64_t count = min_of(panel.width, end - key);
       const int32_t* index = split.index + key;
-      pack_key_panel<S>(plan, b, h, index, count, width, ordinary, true, scratch,
-                        head.keys + c * plan.depth);
+      const int64_t at = panel.packed * plan.depth;
+      pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, true, scratch,
+                        head.keys + at);
       if (raw_too && ordinary) {
-        pack_key_panel<S>(plan, b, h, index, count, width, ordinary, false, scratch,
-                          head.raw + c * plan.depth);
+        pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, false, scratch,
+                          head.raw + at);
       }
-      pack_values<S>(plan, columns, b, h, index, count, c, width, scratch, head.values);
     }
-    c += width;
+    c += panel.columns;
   }
+  pack_values<S>(plan, columns, split, b, h, first, min_of(last, columns.total), scratch,
+                 head.values);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -109,22 +118,34 @@ struct RowBlock {
   bool ordinary;
 };
 
+// The rows of a block; raw_too: of ordinary ones both ways.
 template <typename S>
 void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bool raw_too,
                   const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
+  using U = Operand<S>;
   const AttentionParams& p = *plan.p;
   const T scale = static_cast<T>(p.scale * kLog2E);
-  const auto pack = [&](int64_t n, bool turned, Operand<S>* to) {
-    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width, turned, scale,
-                s.rows, s.table);
-    const Operand<S>* row = OperandTraits<Operand<S>>::round_row(s.rows, plan.key_width);
+  const auto round = [&](T* from, U* to) {
+    const U* row = OperandTraits<U>::round_row(from, plan.key_width);
     for (int64_t d = 0; d < plan.key_stride; ++d) to[d] = row[d];
   };
+  T* const row = s.rows;
+  T* const raw = s.rows + plan.key_width;
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t n = block.index[r];
-    pack(n, block.ordinary && turns(p, p.table_q, block.b, n), s.query + r * plan.key_stride);
-    if (raw_too) pack(n, false, s.query_raw + r * plan.key_stride);
+    const bool turned = block.ordinary && turns(p, p.table_q, block.b, n);
+    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width,
+                turned && !raw_too, scale, row, s.table);
+    if (raw_too) {
+      for (int64_t d = 0; d < plan.key_width; ++d) raw[d] = row[d];
+      if (turned) {
+        rotate_row(raw, row, table_row<T>(p.table_q, block.b, block.h, n, p.pairs, s.table),
+                   p.pairs, p.interleaved, false);
+      }
+      round(raw, s.query_raw + r * plan.key_stride);
+    }
+    round(row, s.query + r * plan.key_stride);
   }
 }
 
@@ -135,21 +156,51 @@ void score_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
   using T = Sum<U>;
   const int64_t d = plan.depth;
   for (int64_t c = first; c < last;) {
-    const int64_t width = panel_width<T>(columns, c);
+    const Panel panel = panel_at<T>(columns, c);
     const bool ordinary_keys = c < columns.special_start;
     // Special rows are packed raw already; ordinary ones meet special keys raw.
     const U* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
-    const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + c * d;
+    const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + panel.packed * d;
     T* scores = s.scores + (c - first);
-    if (width == 2 * kLanes<T>) {
-      multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys, width,
-                                                scores, plan.score_stride);
+    if (panel.width == 2 * kLanes<T>) {
+      multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
+                                                panel.width, scores, plan.score_stride);
     } else {
-      multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys, width,
-                                                scores, plan.score_stride);
+      multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
+                                                panel.width, scores, plan.score_stride);
     }
-    c += width;
+    c += panel.columns;
   }
+}
+
+// A few rows without a position, packed in `apart`.
+template <typename S>
+void pack_apart(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
+                const RowScratch<Operand<S>>& s) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    pack_row<S>(p, p.q, p.table_q, block.b, block.h, block.index[r], p.head_dim, plan.key_width,
+                false, static_cast<T>(p.scale * kLog2E), s.apart + r * plan.key_width, s.table);
+  }
+}
+
+// Their scores with the keys in columns [first, last), all of them unrotated.
+template <typename S>
+void score_apart(const ForwardPlan<Operand<S>>& plan, const Columns& columns, const Split& split,
+                 const RowBlock& block, int64_t first, int64_t last,
+                 const RowScratch<Operand<S>>& s) {
+  const AttentionParams& p = *plan.p;
+  const int64_t h = block.unit % p.key_heads;
+  for_each_run(columns, split, first, last, [&](int64_t at, const int32_t* index, int64_t count) {
+    for (int64_t i = 0; i < count; i += kFewApartKeys) {
+      const auto keys =
+          read_rows<S>(p, p.k, block.b, h, index + i, min_of(kFewApartKeys, count - i), p.head_dim,
+                       plan.key_width, plan.keys_in_place, false, s.keys, s.table);
+      dot_rows(s.apart, plan.key_width, block.rows, keys, plan.key_width, s.scores + at + i,
+               plan.score_stride);
+    }
+  });
 }
 
 template <typename U>
@@ -215,8 +266,13 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
   using U = Operand<S>;
   constexpr int64_t kWide = 2 * kLanes<T>;
   const Split split = plan.keys.of(block.b);
-  const Columns columns = columns_of<T>(split);
-  pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+  const Columns columns = close_columns_of<T>(split);
+  const bool apart = !block.ordinary && few_apart(plan, block.b);
+  if (apart) {
+    pack_apart<S>(plan, block, s);
+  } else {
+    pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+  }
   for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
   for (int64_t r = 0; r < block.rows; ++r) {
     s.maximum[r] = -kInfinity<T>;
@@ -224,7 +280,11 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
   }
   for (int64_t first = 0; first < columns.total;) {
     const int64_t last = block_end<T>(columns, first, kKeyBlock);
-    score_block(plan, columns, head, block, first, last, s);
+    if (apart) {
+      score_apart<S>(plan, columns, split, block, first, last, s);
+    } else {
+      score_block(plan, columns, head, block, first, last, s);
+    }
     soften_block(plan, columns, split, block, first, last, s);
     multiply<U, Left::kByRow, true>(block.rows, plan.value_width, (last - first) / kTogether<U>,
                                     reinterpret_cast<const U*>(s.scores), plan.score_stride,
@@ -282,7 +342,7 @@ void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) 
 template <typename S>
 void forward_typed(const AttentionParams& p, const Parallel& parallel, void* workspace) {
   Arena arena{static_cast<char*>(workspace), 0};
-  const auto m = take_memory<Operand<S>>(p, parallel.workers, arena);
+  const auto m = take_memory<S>(p, parallel.workers, arena);
   fill_splits(m.plan.queries, query_source(p));
   fill_splits(m.plan.keys, key_source(p));
   for (int64_t i = 0; i < m.plan.slots; ++i) {
@@ -301,7 +361,7 @@ int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
   int64_t bytes = 0;
   with_storage_type(params.dtype, [&](auto type) {
     Arena arena{nullptr, 0};
-    take_memory<Operand<decltype(type)>>(params, workers, arena);
+    take_memory<decltype(type)>(params, workers, arena);
     bytes = arena.used;
   });
   return bytes;

@@ -12,6 +12,8 @@ constexpr int64_t kMostRows = 96;        // of a query block
 constexpr int64_t kLeastRows = 24;       // when there are too few blocks for the workers
 constexpr int64_t kKeyBlock = 512;       // columns of scores held at a time
 constexpr int64_t kPackKeys = 512;       // keys a packing task takes
+constexpr int64_t kFewApart = 16;        // rows apart of a key head that are not worth raw panels
+constexpr int64_t kFewApartKeys = 128;   // keys that they read at a time
 constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
 
 // Sizes and choices of one call.
@@ -31,11 +33,12 @@ struct ForwardPlan {
   int64_t slots;           // packed heads in flight
   int64_t packs, attends;  // tasks a key head
   bool raw_keys;           // rows without a position need ordinary keys unrotated
+  bool keys_in_place;      // a few of them may read keys where they lie
   Splits queries, keys;
 };
 
 // What packing one key head leaves: keys as panels [column panel][channel][column], those with a
-// position rotated in `keys` and, for rows without one, as they are in `raw`; values as panels
+// position rotated in `keys` and, for many rows without one, as they are in `raw`; values as panels
 // [value panel][column][2 vectors].
 template <typename U>
 struct PackedHead {
@@ -51,6 +54,8 @@ struct RowScratch {
   using T = Sum<U>;
   U* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
   U* query_raw;  // the same, unrotated
+  T* apart;      // (kFewApart, key_width), rows without a position where they are few
+  T* keys;       // (kFewApartKeys, key_width), keys that those read
   T* scores;     // (rows, score_stride)
   T* out;        // (rows, value_width)
   T* maximum;    // (rows), log2
@@ -83,7 +88,7 @@ int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
 }
 
 template <typename U>
-ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers) {
+ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool keys_in_place) {
   using T = Sum<U>;
   ForwardPlan<U> plan{};
   plan.p = &p;
@@ -96,21 +101,23 @@ ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers) {
   plan.depth = ceil_div(p.head_dim, kTogether<U>);
   plan.value_width = round_up(p.value_dim, kLanes<T>);
   plan.value_panels = ceil_div(plan.value_width, 2 * kLanes<T>);
-  const int64_t widest = min_of(kKeyBlock + 2 * kLanes<T>, plan.most_columns);
-  plan.score_stride = widest + kLanes<T>;  // no power of two: rows must not share cache sets
+  const int64_t widest = min_of(kKeyBlock + kBlockExcess * kLanes<T>, plan.most_columns);
+  // No power of two: rows must not share cache sets. Products may write a little beyond their end.
+  plan.score_stride = widest + max_of<int64_t>(kLanes<T>, kDotTokens);
   plan.slots = min_of(p.batch * p.key_heads, plan.workers == 1 ? 1 : plan.workers + 1);
   plan.packs = ceil_div(p.keys, kPackKeys);
   // One block more than the rows need where two classes of rows each end in a part of a block.
   plan.attends = plan.group * (ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0));
   plan.raw_keys = sets_apart(p) && p.table_q.rotate != nullptr;
+  plan.keys_in_place = keys_in_place;
   return plan;
 }
 
-template <typename U>
+template <typename S, typename U = Operand<S>>
 ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
   using T = Sum<U>;
   ForwardMemory<U> m{};
-  m.plan = make_plan<U>(p, workers);
+  m.plan = make_plan<U>(p, workers, in_place<S>(p.k, p.head_dim));
   ForwardPlan<U>& plan = m.plan;
   plan.queries = take_splits(arena, query_source(p));
   plan.keys = take_splits(arena, key_source(p));
@@ -131,6 +138,8 @@ ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& a
     RowScratch<U> s{};
     s.query = arena.take<U>(plan.row_block * plan.key_stride);
     s.query_raw = sets_apart(p) ? arena.take<U>(plan.row_block * plan.key_stride) : nullptr;
+    s.apart = plan.raw_keys ? arena.take<T>(kFewApart * plan.key_width) : nullptr;
+    s.keys = plan.raw_keys ? arena.take<T>(kFewApartKeys * plan.key_width) : nullptr;
     s.scores = arena.take<T>(plan.row_block * plan.score_stride);
     s.out = arena.take<T>(plan.row_block * plan.value_width);
     s.maximum = arena.take<T>(plan.row_block);

@@ -38,10 +38,6 @@ template <int kPart>
 struct OddParts {
   static constexpr int at(int i) { return EvenParts<kPart>::at(i) + kPart; }
 };
-template <int kDistance>
-struct SwapParts {
-  static constexpr int at(int i) { return i ^ kDistance; }
-};
 template <int kLaneCount, int kPart>
 struct FirstOfParts {
   static constexpr int at(int i) { return i * kPart % kLaneCount; }

@@ -28,12 +28,12 @@ X_ROPE_CLS_INLINE T row_maximum(const T* row, int64_t columns) {
   for (; j + kChains * kLanes<T> <= columns; j += kChains * kLanes<T>) {
     X_ROPE_CLS_UNROLL
     for (int i = 0; i < kChains; ++i) {
-      best[i] = max_keep_nan<T>(best[i], load<T>(row + j + i * kLanes<T>));
+      best[i] = max_or_second<T>(best[i], load<T>(row + j + i * kLanes<T>));
     }
   }
-  for (; j < columns; j += kLanes<T>) best[0] = max_keep_nan<T>(best[0], load<T>(row + j));
-  return max_lanes_keep_nan<T>(
-      max_keep_nan<T>(max_keep_nan<T>(best[0], best[1]), max_keep_nan<T>(best[2], best[3])));
+  for (; j < columns; j += kLanes<T>) best[0] = max_or_second<T>(best[0], load<T>(row + j));
+  return max_lanes<T>(
+      max_or_second<T>(max_or_second<T>(best[0], best[1]), max_or_second<T>(best[2], best[3])));
 }
 
 // row[j] = 2^(row[j] - shift); returns the sum.

@@ -79,32 +79,10 @@ X_ROPE_CLS_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};
 }
 
-// Larger of a and b in each lane; a NaN in b is kept.
+// Larger of a and b in each lane; b where one of them is NaN.
 template <typename T>
-X_ROPE_CLS_INLINE Vec<T> max_keep_nan(Vec<T> a, Vec<T> b) {
+X_ROPE_CLS_INLINE Vec<T> max_or_second(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
-}
-
-template <typename T>
-X_ROPE_CLS_INLINE T sum_lanes(Vec<T> v) {
-  T buffer[kLanes<T>];
-  store<T>(buffer, v);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) buffer[i] += buffer[i + half];
-  }
-  return buffer[0];
-}
-
-template <typename T>
-X_ROPE_CLS_INLINE T max_lanes_keep_nan(Vec<T> v) {
-  T buffer[kLanes<T>];
-  store<T>(buffer, v);
-  T best = buffer[0];
-  for (int i = 1; i < kLanes<T>; ++i) {
-    // A NaN in either place survives: `best > NaN` is false, and NaN stays once best is one.
-    best = (best > buffer[i] || best != best) ? best : buffer[i];
-  }
-  return best;
 }
 
 // shuffle<Pick>(a, b): lane i is lane Pick::at(i) of a, or lane Pick::at(i) - lanes of b.
@@ -115,6 +93,31 @@ X_ROPE_CLS_INLINE V shuffle_lanes(V a, V b, std::integer_sequence<int, kIndex...
 template <typename T, typename Pick>
 X_ROPE_CLS_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
   return shuffle_lanes<Pick>(a, b, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+template <int kDistance>
+struct SwapParts {
+  static constexpr int at(int i) { return i ^ kDistance; }
+};
+
+// Every lane holds the sum of all lanes, added in pairs.
+template <typename T, int kDistance = kLanes<T> / 2>
+X_ROPE_CLS_INLINE Vec<T> sum_everywhere(Vec<T> v) {
+  v += shuffle<T, SwapParts<kDistance>>(v, v);
+  if constexpr (kDistance > 1) return sum_everywhere<T, kDistance / 2>(v);
+  return v;
+}
+template <typename T>
+X_ROPE_CLS_INLINE T sum_lanes(Vec<T> v) {
+  return sum_everywhere<T>(v)[0];
+}
+
+// The largest lane; any lane where one is NaN.
+template <typename T, int kDistance = kLanes<T> / 2>
+X_ROPE_CLS_INLINE T max_lanes(Vec<T> v) {
+  v = max_or_second<T>(v, shuffle<T, SwapParts<kDistance>>(v, v));
+  if constexpr (kDistance > 1) return max_lanes<T, kDistance / 2>(v);
+  return v[0];
 }
 
 // Stage of a butterfly transpose: 2x2 blocks of kSize lanes are transposed.
@@ -191,8 +194,23 @@ X_ROPE_CLS_INLINE DoubleVec exp2_polynomial(DoubleVec r) {
   return y;
 }
 
+#ifdef __AVX512F__
+// The processor rounds to integers and scales by powers of two.
+X_ROPE_CLS_INLINE FloatVec exp2_avx512(FloatVec x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  const __mmask16 normal =
+      _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(Exp2Constants<float>::kLowest), _CMP_NLT_UQ);
+  const auto rounded = (FloatVec)_mm512_roundscale_ps((__m512)x, kNearest);
+  const FloatVec value = exp2_polynomial(x - rounded);
+  return (FloatVec)_mm512_maskz_scalef_ps(normal, (__m512)value, (__m512)rounded);
+}
+#endif
+
 template <typename T>
 X_ROPE_CLS_INLINE Vec<T> exp2(Vec<T> x) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) return exp2_avx512(x);
+#endif
   using C = Exp2Constants<T>;
   using Int = typename VecTraits<T>::Int;
   using IntScalar = typename VecTraits<T>::IntScalar;
