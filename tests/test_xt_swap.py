@@ -19,6 +19,7 @@ import xt_cases as cases
 from xt_cases import one_thread  # noqa: F401  (used by every test)
 
 from x_rope_cls.xt import version
+from x_rope_cls.xt.explain import _cuda_kernels, _widest_head
 
 OPTIONS: dict[str, Any] = {**cases.BASE, "attn_flash": True}
 
@@ -201,6 +202,28 @@ def test_explain_names_every_layer() -> None:
     assert report[0].backend.startswith("cpu")
     assert "2 of 2 attention layers fused" in str(report)
     assert "2 in front" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dims", "expected"),
+    [
+        (torch.bfloat16, {"attn_dim_head": 64}, "tensor cores, bfloat16"),
+        (torch.float16, {"attn_dim_head": 256}, "tensor cores, float16"),
+        (torch.float32, {"attn_dim_head": 64}, "FMA units: float32; tensor cores take bfloat16 and float16"),
+        (torch.bfloat16, {"attn_dim_head": 264}, "FMA units: head_dim 264; tensor cores take up to 256"),
+        (
+            torch.bfloat16,
+            {"attn_dim_head": 64, "attn_value_dim_head": 320},
+            "FMA units: head_dim 320; tensor cores take up to 256",
+        ),
+    ],
+)
+def test_explain_tells_which_cuda_kernels_attend(dtype: torch.dtype, dims: dict[str, int], expected: str) -> None:
+    encoder = x_rope_cls.Encoder(dim=32, depth=1, heads=2, rotary_pos_emb=True, attn_flash=True, **dims)
+    attention = encoder.layers[0][1]
+    assert _cuda_kernels(dtype, _widest_head(attention)) == expected
+    if torch.cuda.is_available():
+        assert x_rope_cls.explain(encoder.to("cuda", dtype))[0].backend == f"cuda ({expected})"
 
 
 @pytest.mark.parametrize("name", cases.COMPOSITE_OPTIONS)

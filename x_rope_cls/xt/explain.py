@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
+import torch
 from torch import nn
 from x_transformers.x_transformers import Attention, AttentionLayers
 
@@ -21,6 +22,7 @@ from .swap import special_tokens
 from .version import installed_version
 from .vit import ViTransformerWrapper
 
+_WIDEST_TENSOR_CORE_HEAD = 256
 _KINDS = {"a": "self", "c": "cross"}
 _NOT_CONVERTED = "not converted: built by x_transformers; swap_() converts encoders"
 
@@ -36,7 +38,8 @@ class Row:
         fused: attention runs in this package's operators.
         reason: why it does not; in the ordinary form, why keys and values are formed; else "".
         cls_rope: what happens to tokens without a position.
-        backend: what computes the attention.
+        backend: what computes the attention: the CPU's instruction set; on CUDA whether tensor cores do it, for this
+            head_dim and dtype (that of the weights, or of autocast), or the slower kernels on the FMA units.
         form: of attention of late CLS and of an AttentionPool: "absorbed" (keys and values of the tokens are never
             formed), "ordinary" or "composite"; "" for other layers.
     """
@@ -162,7 +165,7 @@ def _row(name: str, attention: Attention, kind: str, encoder: Any) -> Row:
         reasons.append(_no_kernel(device))
     if reasons:
         return Row(name, kind, False, "; ".join(reasons), cls_rope, "x_transformers")
-    return Row(name, kind, True, "", cls_rope, _backend(device))
+    return Row(name, kind, True, "", cls_rope, _backend(attention))
 
 
 def _no_kernel(device: str) -> str:
@@ -230,14 +233,31 @@ def _positions(encoder: RopeEncoderMixin) -> str:
     return f"tokens without a position: {counts}"
 
 
-def _backend(device: str) -> str:
-    if device != "cpu":
-        return device
-    try:
-        from .. import _C
-    except ImportError:
-        return device
-    return f"cpu ({_C.cpu_isa()})"
+def _backend(attention: Attention) -> str:
+    """Device, and which kernels of it attend: the instruction set, or tensor cores or the slower arithmetic units."""
+    weight: Any = next(attention.parameters())
+    device = weight.device.type
+    if device == "cpu":
+        return f"cpu ({_C.cpu_isa()})"
+    if device != "cuda":
+        return str(device)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    return f"cuda ({_cuda_kernels(dtype, _widest_head(attention))})"
+
+
+def _widest_head(attention: Any) -> int:
+    """The wider of the head_dims of keys and of values."""
+    return max(int(split.axes_lengths["d"]) for split in (attention.split_k_heads, attention.split_v_heads))
+
+
+def _cuda_kernels(dtype: torch.dtype, head_dim: int) -> str:
+    """What `native_dim` in csrc/kernels/cuda/attention_choices.h decides, in words."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FMA units: {name}; tensor cores take bfloat16 and float16"
+    if head_dim > _WIDEST_TENSOR_CORE_HEAD:
+        return f"FMA units: head_dim {head_dim}; tensor cores take up to {_WIDEST_TENSOR_CORE_HEAD}"
+    return f"tensor cores, {name}"
 
 
 def _cell(value: Any) -> str:

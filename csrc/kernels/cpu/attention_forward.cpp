@@ -278,6 +278,8 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
     s.maximum[r] = -kInfinity<T>;
     s.sum[r] = T{0};
   }
+  const int64_t end =
+      columns.special > 0 ? columns.special_start + columns.special : columns.ordinary;
   for (int64_t first = 0; first < columns.total;) {
     const int64_t last = block_end<T>(columns, first, kKeyBlock);
     if (apart) {
@@ -286,7 +288,8 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
       score_block(plan, columns, head, block, first, last, s);
     }
     soften_block(plan, columns, split, block, first, last, s);
-    multiply<U, Left::kByRow, true>(block.rows, plan.value_width, (last - first) / kTogether<U>,
+    const int64_t weights = min_of(last, end) - first;  // without the padding behind the last key
+    multiply<U, Left::kByRow, true>(block.rows, plan.value_width, ceil_div(weights, kTogether<U>),
                                     reinterpret_cast<const U*>(s.scores), plan.score_stride,
                                     head.values + first / kTogether<U> * kWide, kWide,
                                     columns.total / kTogether<U> * kWide, s.out, plan.value_width);

@@ -200,7 +200,8 @@ X_ROPE_CLS_INLINE FloatVec exp2_avx512(FloatVec x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   const __mmask16 normal =
       _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(Exp2Constants<float>::kLowest), _CMP_NLT_UQ);
-  const auto rounded = (FloatVec)_mm512_roundscale_ps((__m512)x, kNearest);
+  constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns about the intrinsic without a mask
+  const auto rounded = (FloatVec)_mm512_maskz_roundscale_ps(kAll, (__m512)x, kNearest);
   const FloatVec value = exp2_polynomial(x - rounded);
   return (FloatVec)_mm512_maskz_scalef_ps(normal, (__m512)value, (__m512)rounded);
 }
