@@ -57,7 +57,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 @hypothesis.given(pools())
-def test_a_norm_inside_is_a_norm_in_front(isa, pool):
+def test_a_norm_inside_is_a_norm_in_front(backend, pool):
     """Outputs and every gradient, by PyTorch's own norms."""
     leaves = {name: t for name, t in pool.norm.items() if isinstance(t, Tensor)}
     leaves = {name: t.clone().requires_grad_() for name, t in leaves.items()}
@@ -77,7 +77,7 @@ def test_a_norm_inside_is_a_norm_in_front(isa, pool):
 
 
 @hypothesis.given(pools())
-def test_it_is_attention_with_the_tokens_as_keys_and_values(isa, pool):
+def test_it_is_attention_with_the_tokens_as_keys_and_values(backend, pool):
     states = pool.normalised()[:, None]
     key_mask = Generator(pool.x.shape[1]).chance(0.7, *pool.x.shape[:2])
     query = pool.query.expand(pool.x.shape[0], -1, -1, -1)
@@ -88,7 +88,7 @@ def test_it_is_attention_with_the_tokens_as_keys_and_values(isa, pool):
 
 
 @hypothesis.given(pools(), st.integers(0, 2**16))
-def test_the_order_of_tokens_does_not_matter(isa, pool, seed):
+def test_the_order_of_tokens_does_not_matter(backend, pool, seed):
     order = torch.randperm(pool.x.shape[1], generator=torch.Generator().manual_seed(seed))
     key_mask = Generator(seed).chance(0.7, *pool.x.shape[:2])
     close(pool(pool.x[:, order], key_mask=key_mask[:, order]), pool(key_mask=key_mask))
@@ -99,13 +99,13 @@ def test_the_order_of_tokens_does_not_matter(isa, pool, seed):
 
 
 @hypothesis.given(pools())
-def test_masked_tokens_are_as_if_they_were_not_there(isa, pool):
+def test_masked_tokens_are_as_if_they_were_not_there(backend, pool):
     keep = torch.arange(pool.x.shape[1]) % 3 > 0
     close(pool(key_mask=keep.expand(pool.x.shape[:2])), pool(pool.x[:, keep]))
 
 
 @hypothesis.given(pools(min_tokens=2), st.data())
-def test_parts_merge_by_their_logsumexp(isa, pool, data):
+def test_parts_merge_by_their_logsumexp(backend, pool, data):
     """How extra keys (class tokens in class attention) are pooled apart and merged."""
     cut = data.draw(st.integers(0, pool.x.shape[1]))
     parts = [pool(x, return_lse=True) for x in (pool.x[:, :cut], pool.x[:, cut:])]
@@ -114,7 +114,7 @@ def test_parts_merge_by_their_logsumexp(isa, pool, data):
 
 
 @hypothesis.given(pools())
-def test_each_row_and_each_batch_stands_alone(isa, pool):
+def test_each_row_and_each_batch_stands_alone(backend, pool):
     whole = pool()
     one_by_one = [
         pool(query=pool.query[:, h : h + 1, m : m + 1]) for h in range(whole.shape[1]) for m in range(whole.shape[2])
@@ -125,12 +125,12 @@ def test_each_row_and_each_batch_stands_alone(isa, pool):
 
 
 @hypothesis.given(pools(), st.sampled_from((0.5, 2.0, -4.0)))
-def test_scale_belongs_to_the_query(isa, pool, factor):
+def test_scale_belongs_to_the_query(backend, pool, factor):
     close(pool(query=pool.query * factor), pool(scale=0.3 * factor))
 
 
 @hypothesis.given(pools())
-def test_no_scores_is_the_mean(isa, pool):
+def test_no_scores_is_the_mean(backend, pool):
     mean = pool.normalised().mean(dim=1)[:, None, None]
     pooled, lse = pool(scale=0.0, return_lse=True)
     close(pooled, mean.expand(pooled.shape))
@@ -138,7 +138,7 @@ def test_no_scores_is_the_mean(isa, pool):
 
 
 @hypothesis.given(pools())
-def test_a_query_may_grow_along_what_tokens_share(isa, pool):
+def test_a_query_may_grow_along_what_tokens_share(backend, pool):
     """A constant added to all scores of a row changes its logsumexp alone: key biases fold away."""
     x = pool.x.clone()
     x[:, :, 0] = 1.0
@@ -152,7 +152,7 @@ def test_a_query_may_grow_along_what_tokens_share(isa, pool):
 
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @hypothesis.given(pool=pools())
-def test_norms_forget_what_they_are_meant_to(isa, norm, pool):
+def test_norms_forget_what_they_are_meant_to(backend, norm, pool):
     """Both forget a token's length, layer norm its mean too; and a gradient never points along what is forgotten."""
     pool = Pool(pool.x, pool.query, pool.norm | {"norm": norm, "norm_eps": 0.0})
     close(pool(3.0 * pool.x), pool())
@@ -168,7 +168,7 @@ def test_norms_forget_what_they_are_meant_to(isa, norm, pool):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [33, 700, 4099])
-def test_constant_tokens_pass_through(isa, dtype, N):
+def test_constant_tokens_pass_through(backend, dtype, N):
     """Weights add up to 1, also over many blocks and parts."""
     x = torch.ones(2, N, 24, dtype=dtype)
     pooled = late_cls_pool(x, model_case(2, N, 24, dtype).query, scale=0.2)
@@ -177,7 +177,7 @@ def test_constant_tokens_pass_through(isa, dtype, N):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [40, 700])
-def test_one_token_that_wins_is_returned(isa, dtype, N):
+def test_one_token_that_wins_is_returned(backend, dtype, N):
     """Where one score is far above the others, its token comes out as it is, wherever it stands."""
     for n in (0, 3, N // 2, N - 1):
         x = Generator(n).normal(2, N, 20, dtype=dtype)

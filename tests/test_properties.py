@@ -53,14 +53,14 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 @hypothesis.given(sequences(min_special=1), st.integers(0, 2**16))
-def test_special_rows_do_not_change_when_positions_change(isa, sequence, seed):
+def test_special_rows_do_not_change_when_positions_change(backend, sequence, seed):
     others = torch.randint(-1000, 1000, sequence.positions.shape, generator=torch.Generator().manual_seed(seed))
     before, after = sequence.attend("mask"), sequence.attend("mask", others)
     special = ~sequence.rotate
     assert torch.equal(before[:, :, special], after[:, :, special])
 
 
-def test_special_rows_do_change_in_the_other_modes(isa):
+def test_special_rows_do_change_in_the_other_modes(backend):
     generator = Generator(0)
     q, k, v = (generator.normal(1, 1, 6, 8) for _ in range(3))
     sequence = Sequence(q, k, v, torch.arange(6), torch.arange(6) > 1, RotaryEmbedding(8).double())
@@ -70,12 +70,12 @@ def test_special_rows_do_change_in_the_other_modes(isa):
 
 
 @hypothesis.given(sequences(), st.integers(-1000, 1000))
-def test_a_global_shift_changes_nothing_in_mask(isa, sequence, shift):
+def test_a_global_shift_changes_nothing_in_mask(backend, sequence, shift):
     close(sequence.attend("mask", sequence.positions + shift), sequence.attend("mask"))
     close(sequence.attend("rotate", sequence.positions + shift), sequence.attend("rotate"))
 
 
-def test_a_global_shift_does_change_skip(isa):
+def test_a_global_shift_does_change_skip(backend):
     generator = Generator(0)
     q, k, v = (generator.normal(1, 1, 6, 8) for _ in range(3))
     sequence = Sequence(q, k, v, torch.arange(6), torch.arange(6) > 1, RotaryEmbedding(8).double())
@@ -83,14 +83,14 @@ def test_a_global_shift_does_change_skip(isa):
 
 
 @hypothesis.given(sequences())
-def test_positions_of_special_tokens_never_matter(isa, sequence):
+def test_positions_of_special_tokens_never_matter(backend, sequence):
     moved = torch.where(sequence.rotate, sequence.positions, 77)
     for mode in ("skip", "mask"):
         assert torch.equal(sequence.attend(mode, moved), sequence.attend(mode))
 
 
 @hypothesis.given(sequences(), st.integers(0, 2**16))
-def test_reordering_tokens_with_their_positions_reorders_the_result(isa, sequence, seed):
+def test_reordering_tokens_with_their_positions_reorders_the_result(backend, sequence, seed):
     order = torch.randperm(len(sequence.positions), generator=torch.Generator().manual_seed(seed))
     for mode in MODES:
         rotary = sequence.embedding(sequence.positions[order], sequence.rotate[order])
@@ -99,14 +99,14 @@ def test_reordering_tokens_with_their_positions_reorders_the_result(isa, sequenc
 
 
 @hypothesis.given(sequences())
-def test_no_special_tokens_equals_rotate(isa, sequence):
+def test_no_special_tokens_equals_rotate(backend, sequence):
     everywhere = torch.ones_like(sequence.rotate)
     for mode in ("skip", "mask"):
         close(sequence.attend(mode, rotate=everywhere), sequence.attend("rotate"))
 
 
 @hypothesis.given(sequences())
-def test_all_special_equals_no_rotation(isa, sequence):
+def test_all_special_equals_no_rotation(backend, sequence):
     nowhere = torch.zeros_like(sequence.rotate)
     expected = scaled_dot_product_attention(sequence.q, sequence.k, sequence.v, enable_gqa=True)
     for mode in ("skip", "mask"):
@@ -114,7 +114,7 @@ def test_all_special_equals_no_rotation(isa, sequence):
 
 
 @hypothesis.given(sequences())
-def test_one_special_token_at_position_zero_is_the_same_in_rotate_and_skip(isa, sequence):
+def test_one_special_token_at_position_zero_is_the_same_in_rotate_and_skip(backend, sequence):
     positions = sequence.positions.clone()
     positions[0] = 0
     rotate = torch.arange(len(positions)) > 0
@@ -122,7 +122,7 @@ def test_one_special_token_at_position_zero_is_the_same_in_rotate_and_skip(isa, 
 
 
 @hypothesis.given(sequences())
-def test_mask_is_plain_attention_on_three_times_the_channels(isa, sequence):
+def test_mask_is_plain_attention_on_three_times_the_channels(backend, sequence):
     """Queries [m Rq, q, m q], keys [m Rk, k, -m k]: the score of a masked pair loses its second term to its third."""
     rotary = sequence.embedding(sequence.positions)
     m = sequence.rotate[:, None].double()
@@ -135,7 +135,7 @@ def test_mask_is_plain_attention_on_three_times_the_channels(isa, sequence):
 
 
 @hypothesis.given(sequences())
-def test_masked_keys_are_as_if_they_were_not_there(isa, sequence):
+def test_masked_keys_are_as_if_they_were_not_there(backend, sequence):
     """key_mask equals leaving the keys out, for every mode."""
     N = len(sequence.positions)
     keep = torch.arange(N) % 3 > 0
@@ -149,7 +149,7 @@ def test_masked_keys_are_as_if_they_were_not_there(isa, sequence):
 
 
 @hypothesis.given(sequences())
-def test_bool_mask_key_mask_and_infinite_bias_are_the_same(isa, sequence):
+def test_bool_mask_key_mask_and_infinite_bias_are_the_same(backend, sequence):
     N, B = len(sequence.positions), sequence.q.shape[0]
     rotary = sequence.embedding(sequence.positions, sequence.rotate)
     keep = (torch.arange(N) % 3 > 0).expand(B, N)
@@ -160,7 +160,7 @@ def test_bool_mask_key_mask_and_infinite_bias_are_the_same(isa, sequence):
 
 
 @hypothesis.given(sequences(), st.integers(1, 5))
-def test_repeated_key_heads_are_grouped_queries(isa, sequence, extra):
+def test_repeated_key_heads_are_grouped_queries(backend, sequence, extra):
     rotary = sequence.embedding(sequence.positions, sequence.rotate)
     group = sequence.q.shape[1] // sequence.k.shape[1]
     k, v = (t.repeat_interleave(group, dim=1) for t in (sequence.k, sequence.v))
@@ -169,7 +169,7 @@ def test_repeated_key_heads_are_grouped_queries(isa, sequence, extra):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cls_rope", MODES)
-def test_constant_values_pass_through(isa, dtype, cls_rope):
+def test_constant_values_pass_through(backend, dtype, cls_rope):
     """Attention weights add up to 1, also over many blocks of keys."""
     q = Generator(1).normal(1, 2, 33, 16, dtype=dtype)
     k = Generator(2).normal(1, 2, 700, 16, dtype=dtype)
@@ -184,7 +184,7 @@ def test_constant_values_pass_through(isa, dtype, cls_rope):
 
 
 @pytest.mark.parametrize("cls_rope", MODES)
-def test_a_stretch_of_the_tables_scales_rotated_scores(isa, cls_rope):
+def test_a_stretch_of_the_tables_scales_rotated_scores(backend, cls_rope):
     """xpos: inverse scales of queries and keys cancel for one position."""
     q, k, v = (Generator(i).normal(1, 2, 12, 8) for i in range(3))
     rotary = RotaryEmbedding(8).double()(12)
