@@ -81,6 +81,12 @@ def test_tokens(N, C, dtype):
     check_pool_backward(model_case(2, N, C, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_too_large_for_caches(dtype):
+    """Large enough, and aligned, to be stored past the caches."""
+    check_pool_backward(model_case(1, 4201 * 4 // dtype.itemsize, 512, dtype, heads=3, queries=1))
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("B", [1, 2, 63, 64, 65, 70, 129])
 def test_batches_that_share_a_task(B, shared):

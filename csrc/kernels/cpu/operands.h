@@ -64,6 +64,13 @@ struct OperandTraits<BFloat16Pair> {
     return (__m512i)(__builtin_convertvector(low, UInt32Vec) |
                      (__builtin_convertvector(high, UInt32Vec) << 16));
   }
+  // Pairs of the lanes of two vectors, rounded.
+  X_ROPE_CLS_INLINE Vector paired(FloatVec first, FloatVec second) {
+    const auto low = (Half)_mm512_cvtneps_pbh((__m512)first);
+    const auto high = (Half)_mm512_cvtneps_pbh((__m512)second);
+    return (__m512i)(__builtin_convertvector(low, UInt32Vec) |
+                     (__builtin_convertvector(high, UInt32Vec) << 16));
+  }
   X_ROPE_CLS_INLINE BFloat16Pair* round_row(float* row, int64_t n) {
     auto* to = reinterpret_cast<BFloat16Pair*>(row);
     for (int64_t i = 0; i < n; i += kLanes<float>) {

@@ -7,60 +7,86 @@
 // are kept by task and added up in order at the end: the same bits for any number of threads.
 #include "isa.h"
 #include "pooling_common.h"
+#include "pooling_grads.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-template <typename T>
+constexpr int64_t kGradTokens = 12;  // whose gradients wait in L1 for what else is done to them
+
+template <typename S>
 struct PoolGradScratch {
+  using T = Compute<S>;
   T* stack;   // (2 * rows, width): queries times scale * log2(e), then gradients of pooled
   T* scores;  // (2 * rows, columns)
   T* shift;   // (rows): logsumexp in units of log2; infinity where there was nothing to attend to
   T* delta;   // (rows): <g, pooled> - grad_lse
   T* excess;  // (rows): what ds * ln 2 - p * grad_lse * ln 2 sums up to; it would be 0
   T* buffer;  // (block, width)
-  T* grads;   // (block, width): gradients of the (normalised) tokens
+  T* grads;   // (kGradTokens, width): gradients of the (normalised) tokens
   T* raw;     // (width): one token before its normalisation
   TokenMoments<T>* moments;
   DotScratch dots;
+  Operand<S>* pair_weights;  // (rows, columns), where plan.dots: scores in pairs of rows
+  Operand<S>* pair_stack;    // (rows, width): queries, and gradients of pooled, in pairs of rows
 };
 
-template <typename T>
+template <typename S>
 struct PoolGradMemory {
+  using T = Compute<S>;
   PoolPlan plan;
-  PoolGradScratch<T>* scratch;
+  PoolGradScratch<S>* scratch;
   T* sums;  // (slots, rows + 2, width): dq / (scale * log2 e), gradients of norm weight and bias
   int64_t slots;
 };
 
+// Whether dx goes from registers to memory, and past the caches.
+template <typename S>
+void choose_stores(const PoolBackwardParams& g, PoolPlan& plan) {
+  const auto size = static_cast<int64_t>(sizeof(S));
+  plan.direct_grads = g.dx.data != nullptr && g.forward.norm == PoolNorm::kNone &&
+                      g.dx.stride_c == 1 && plan.width == g.forward.channels;
+  const int64_t offsets = g.dx.stride_b | g.dx.stride_n | g.forward.channels;
+  const auto bytes = static_cast<double>(g.forward.batch * g.forward.tokens) *
+                     static_cast<double>(g.forward.channels * size);
+  plan.stream_grads = plan.direct_grads && bytes >= kStreamBytes &&
+                      reinterpret_cast<uintptr_t>(g.dx.data) % kVectorBytes == 0 &&
+                      offsets * size % kVectorBytes == 0;
+}
+
 // Queries of their own sum up by batch, everything shared by task.
 template <typename S>
-PoolGradMemory<Compute<S>> take_pool_grad_memory(const PoolBackwardParams& g, int64_t workers,
-                                                 Arena& arena) {
+PoolGradMemory<S> take_pool_grad_memory(const PoolBackwardParams& g, int64_t workers,
+                                        Arena& arena) {
   using T = Compute<S>;
-  PoolGradMemory<T> m{};
+  PoolGradMemory<S> m{};
   m.plan = make_pool_plan<S>(g.forward, workers, 7);
   if (g.forward.query_batch != 1 && m.plan.group > 1) {
     m.plan.group = 1;
     m.plan.tasks = g.forward.batch;
   }
+  choose_stores<S>(g, m.plan);
   const PoolPlan& plan = m.plan;
   take_kept(m.plan, arena);
   m.slots = plan.tasks;
   m.sums = arena.take<T>(m.slots * (plan.rows + 2) * plan.width);
-  m.scratch = arena.take<PoolGradScratch<T>>(plan.workers);
+  m.scratch = arena.take<PoolGradScratch<S>>(plan.workers);
   for (int64_t i = 0; i < plan.workers; ++i) {
-    PoolGradScratch<T> s{};
+    PoolGradScratch<S> s{};
     s.stack = arena.take<T>(2 * plan.rows * plan.width);
     s.scores = arena.take<T>(2 * plan.rows * plan.columns);
     s.shift = arena.take<T>(plan.rows);
     s.delta = arena.take<T>(plan.rows);
     s.excess = arena.take<T>(plan.rows);
     s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
-    s.grads = arena.take<T>(plan.block * plan.width);
+    s.grads = arena.take<T>(kGradTokens * plan.width);
     s.raw = arena.take<T>(plan.width);
     s.moments = arena.take<TokenMoments<T>>(plan.block);
     s.dots = take_dot_scratch(plan, 2 * plan.rows, arena);
+    if (plan.dots) {
+      s.pair_weights = arena.take<Operand<S>>(plan.rows * plan.columns);
+      s.pair_stack = arena.take<Operand<S>>(plan.rows * plan.width);
+    }
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;
@@ -78,7 +104,7 @@ X_ROPE_CLS_INLINE T lse_grad(const PoolBackwardParams& g, int64_t b, int64_t r) 
 // Everything that belongs to the rows of batch b.
 template <typename S>
 void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
-                  const PoolGradScratch<Compute<S>>& s) {
+                  const PoolGradScratch<S>& s) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
   T* grads = s.stack + plan.rows * plan.width;
@@ -88,6 +114,8 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
     if (plan.dots) {
       copy_pool_rows<S>(plan, p.query, b, s.dots.rows);
       copy_pool_rows<S>(plan, g.grad, b, s.dots.rows + plan.rows * plan.width);
+      stack_rows(reinterpret_cast<const Operand<S>*>(s.dots.rows), plan.width / 2, 2 * plan.rows,
+                 plan.width, s.pair_stack, plan.width);
     }
   }
   for (int64_t r = 0; r < plan.rows; ++r) {
@@ -105,9 +133,10 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
 }
 
 // Scores s and <g, x> become ds * ln 2 and p.
-template <typename T>
+template <typename S>
 void pool_score_grads(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b, int64_t tokens,
-                      const PoolGradScratch<T>& s) {
+                      const PoolGradScratch<S>& s) {
+  using T = Compute<S>;
   constexpr int kL = kLanes<T>;
   const Vec<T> ln2 = broadcast<T>(static_cast<T>(kLn2));
   const int64_t columns = round_up(tokens, kL);
@@ -139,7 +168,7 @@ void pool_score_grads(const PoolPlan& plan, const PoolBackwardParams& g, int64_t
 // else. What the rounding of pooled, and so of delta, leaves over is p times the excess, and is
 // taken out of the gradient of the query here.
 template <typename S>
-void take_out_excess(const PoolPlan& plan, int64_t b, const PoolGradScratch<Compute<S>>& s,
+void take_out_excess(const PoolPlan& plan, int64_t b, const PoolGradScratch<S>& s,
                      Compute<S>* sums) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
@@ -157,8 +186,8 @@ void take_out_excess(const PoolPlan& plan, int64_t b, const PoolGradScratch<Comp
 // grads: of the normalised token; becomes that of the token itself.
 template <typename S>
 void norm_backward(const PoolPlan& plan, const TokenRange& range, int64_t i,
-                   TokenMoments<Compute<S>> moments, const PoolGradScratch<Compute<S>>& s,
-                   Compute<S>* grads, Compute<S>* dweight, Compute<S>* dbias) {
+                   TokenMoments<Compute<S>> moments, const PoolGradScratch<S>& s, Compute<S>* grads,
+                   Compute<S>* dweight, Compute<S>* dbias) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
   const T* weight = static_cast<const T*>(p.norm_weight);
@@ -181,35 +210,44 @@ void norm_backward(const PoolPlan& plan, const TokenRange& range, int64_t i,
   }
 }
 
-// dx of `count` tokens from the i-th of the range on.
-template <typename S>
+// Scores as weights of the product with the stacked rows.
+template <typename S, typename U>
+GradFactors<U> grad_factors(const PoolPlan& plan, int64_t count, const PoolGradScratch<S>& s) {
+  if constexpr (__is_same(U, Compute<S>)) {
+    return {s.scores, plan.columns, s.stack, plan.width, 2 * plan.rows};
+  } else {
+    pair_weights(plan, count, static_cast<Sum<U>>(plan.p->scale * kLog2E), s.scores,
+                 s.pair_weights);
+    return {s.pair_weights, plan.columns, s.pair_stack, plan.width, plan.rows};
+  }
+}
+
+// dx of `count` tokens from the i-th of the range on, by products of operands U.
+template <typename S, typename U>
 void token_grads(const PoolPlan& plan, const PoolBackwardParams& g, const TokenRange& range,
-                 int64_t i, int64_t count, const PoolGradScratch<Compute<S>>& s, Compute<S>* sums) {
+                 int64_t i, int64_t count, const PoolGradScratch<S>& s, Compute<S>* sums) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
+  const GradFactors<U> f = grad_factors<S, U>(plan, count, s);
   const bool together = range.token(i + count - 1) - range.token(i) == count - 1;
-  T* grads = s.grads;
-  int64_t stride = plan.width;
-  bool direct = false;
-  if constexpr (__is_same(S, T)) {
-    direct =
-        p.norm == PoolNorm::kNone && plan.width == p.channels && g.dx.stride_c == 1 && together;
-    if (direct) {
-      grads = token_at<T>(g.dx, range.b, range.token(i));
-      stride = g.dx.stride_n;
-    }
+  if (together && plan.direct_grads) {
+    S* const to = token_at<S>(g.dx, range.b, range.token(i));
+    const auto grads =
+        plan.stream_grads ? grads_of_tokens<S, U, true> : grads_of_tokens<S, U, false>;
+    return grads(f, 0, count, to, g.dx.stride_n);
   }
-  multiply<T, Left::kByColumn, false>(count, plan.width, 2 * plan.rows, s.scores, plan.columns,
-                                      s.stack, plan.width, 2 * kLanes<T>, grads, stride);
-  if (direct) return;
-  for (int64_t j = 0; j < count; ++j) {
-    T* row = grads + j * plan.width;
-    if (p.norm != PoolNorm::kNone) {
-      norm_backward<S>(plan, range, i + j, s.moments[j], s, row, sums + plan.rows * plan.width,
-                       sums + (plan.rows + 1) * plan.width);
+  for (int64_t start = 0; start < count; start += kGradTokens) {
+    const int64_t few = min_of(kGradTokens, count - start);
+    grads_of_tokens<T, U, false>(f, start, few, s.grads, plan.width);
+    for (int64_t j = start; j < start + few; ++j) {
+      T* row = s.grads + (j - start) * plan.width;
+      if (p.norm != PoolNorm::kNone) {
+        norm_backward<S>(plan, range, i + j, s.moments[j], s, row, sums + plan.rows * plan.width,
+                         sums + (plan.rows + 1) * plan.width);
+      }
+      if (g.dx.data == nullptr) continue;
+      store_row<S>(row, g.dx.stride_c, p.channels, token_at<S>(g.dx, range.b, range.token(i + j)));
     }
-    if (g.dx.data == nullptr) continue;
-    store_row<S>(row, g.dx.stride_c, p.channels, token_at<S>(g.dx, range.b, range.token(i + j)));
   }
 }
 
@@ -230,7 +268,7 @@ void clear_masked(const PoolPlan& plan, const PoolBackwardParams& g, const Token
 
 template <typename S>
 void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b, int64_t chunk,
-                     const PoolGradScratch<Compute<S>>& s, Compute<S>* sums) {
+                     const PoolGradScratch<S>& s, Compute<S>* sums) {
   const TokenRange range = range_of(plan, b, chunk);
   const bool tokens_too = g.dx.data != nullptr || g.dweight != nullptr || g.dbias != nullptr;
   prepare_rows<S>(plan, g, b, s);
@@ -240,7 +278,7 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
       if (plan.dots) {
         const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
         pool_score_grads(plan, g, b, count, s);
-        if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
+        if (tokens_too) token_grads<S, Operand<S>>(plan, g, range, i, count, s, sums);
         sum_dots(plan, x, s.scores, distance_to_next<S>(plan, range, i + count, x), s.dots, sums);
         continue;
       }
@@ -248,7 +286,7 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
     pool_score_grads(plan, g, b, count, s);
-    if (tokens_too) token_grads<S>(plan, g, range, i, count, s, sums);
+    if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width,
              distance_to_next<S>(plan, range, i + count, x), sums, plan.width);
   }
@@ -257,7 +295,7 @@ void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t 
 }
 
 template <typename S>
-void pool_grad_task(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParams& g, int64_t task,
+void pool_grad_task(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task,
                     int64_t worker) {
   using T = Compute<S>;
   const PoolPlan& plan = m.plan;
@@ -266,16 +304,19 @@ void pool_grad_task(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParam
   for (int64_t i = 0; i < size; ++i) sums[i] = T{0};
   if (plan.chunks > 1) {
     pool_grad_range<S>(plan, g, task / plan.chunks, task % plan.chunks, m.scratch[worker], sums);
+    if (plan.stream_grads) finish_streams();
     return;
   }
   for (int64_t b = task * plan.group; b < min_of(plan.p->batch, (task + 1) * plan.group); ++b) {
     pool_grad_range<S>(plan, g, b, 0, m.scratch[worker], sums);
   }
+  if (plan.stream_grads) finish_streams();
 }
 
 // Adds up row `r` of slots [first, first + count) into that of the first.
-template <typename T>
-T* add_slots(const PoolGradMemory<T>& m, int64_t r, int64_t first, int64_t count) {
+template <typename S>
+Compute<S>* add_slots(const PoolGradMemory<S>& m, int64_t r, int64_t first, int64_t count) {
+  using T = Compute<S>;
   const int64_t size = (m.plan.rows + 2) * m.plan.width;
   T* to = m.sums + first * size + r * m.plan.width;
   for (int64_t i = 1; i < count; ++i) {
@@ -287,7 +328,7 @@ T* add_slots(const PoolGradMemory<T>& m, int64_t r, int64_t first, int64_t count
 
 // Row `task` of the gradients that are sums: those of the queries first, then weight and bias.
 template <typename S>
-void finish_row(const PoolGradMemory<Compute<S>>& m, const PoolBackwardParams& g, int64_t task) {
+void finish_row(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task) {
   using T = Compute<S>;
   const PoolPlan& plan = m.plan;
   const PoolParams& p = *plan.p;

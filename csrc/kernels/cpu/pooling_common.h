@@ -36,6 +36,8 @@ struct PoolPlan {
   int64_t workers;
   bool in_place;        // tokens can be read where they are
   bool dots;            // and in bfloat16, multiplied without conversion
+  bool direct_grads;    // gradients of tokens are stored from registers
+  bool stream_grads;    // and past the caches
   int32_t* kept;        // (batch, tokens): tokens that are not masked, ascending; null: all count
   int64_t* kept_count;  // (batch)
 };

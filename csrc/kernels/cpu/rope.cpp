@@ -16,9 +16,6 @@ constexpr int64_t kBlock = 64;                // tokens a task
 constexpr double kElementsPerWorker = 32768;  // fewer are not worth another thread
 constexpr int64_t kMostPairs = 256;           // that are rotated together; longer rows go in parts
 constexpr int64_t kMostGroup = 4;             // tokens whose tables are laid out together
-// Outputs of so many bytes are stored past the caches, which would not hold them until they are
-// read: a line need not be read before it is written.
-constexpr double kStreamBytes = 8 << 20;
 constexpr int64_t kTableRoom = 4 * kMostPairs + int64_t{4} * kLanes<float>;
 
 template <typename S>
