@@ -21,6 +21,9 @@ void set_seed(const Tensor& seed, AttentionParams& p);
 void run_attention_forward(const AttentionParams& p, const Tensor& like);
 void run_attention_backward(const AttentionBackwardParams& p, const Tensor& like);
 
+// Called before a kernel fills a large fresh tensor.
+void prepare_output(const Tensor& t);
+
 void run_pool_forward(const PoolParams& p, const Tensor& like);
 void run_pool_backward(const PoolBackwardParams& p, const Tensor& like);
 

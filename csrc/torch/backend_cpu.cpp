@@ -1,6 +1,10 @@
 // The operators on CPU: the kernels of the instruction set in use, on torch's threads.
 #include <torch/csrc/stable/ops.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <new>
 
 #include "../kernels/cpu/dispatch.h"
@@ -20,6 +24,9 @@ void run_on_torch_threads(void* /*context*/, int64_t workers,
 Parallel torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads, nullptr};
 }
+
+constexpr uintptr_t kPageBytes = 4096;
+constexpr int64_t kHugePageBytes = 2 << 20;
 
 // Scratch memory, 64-byte aligned, freed at the end of the scope.
 class Workspace {
@@ -60,6 +67,20 @@ void run_attention_backward(const AttentionBackwardParams& p, const Tensor& /*li
   const Parallel threads = torch_threads();
   const Workspace workspace(cpu::kernels().attention_backward_workspace(p, threads.workers));
   cpu::kernels().attention_backward(p, threads, workspace.get());
+}
+
+// Memory fresh from the system comes in pages of 2 MB where the system lets programs ask for them
+// (transparent_hugepage: madvise): one page fault in place of 512, each of which costs as much as
+// writing several pages.
+void prepare_output([[maybe_unused]] const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+  if (bytes < 2 * kHugePageBytes) return;
+  const auto start = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (start + kPageBytes - 1) / kPageBytes * kPageBytes;
+  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) / kPageBytes * kPageBytes;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no more than a wish
+#endif
 }
 
 void run_pool_forward(const PoolParams& p, const Tensor& /*like*/) {

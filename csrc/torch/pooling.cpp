@@ -96,7 +96,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> late_cls_pool_backward(
   Tensor dx =
       empty_of(x, need_x_grad ? std::vector<int64_t>{p.batch, p.tokens, p.channels} : nothing,
                x.scalar_type());
-  if (need_x_grad) g.dx = view3_of(dx);
+  if (need_x_grad) {
+    prepare_output(dx);
+    g.dx = view3_of(dx);
+  }
   Tensor dquery = empty_of(x, {p.query_batch, p.heads, p.queries, p.channels}, x.scalar_type());
   Tensor dweight = empty_of(x, weight ? channels : nothing, compute);
   Tensor dbias = empty_of(x, bias ? channels : nothing, compute);
