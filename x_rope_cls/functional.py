@@ -13,7 +13,7 @@ from .tables import Rotary
 ClsRope = Literal["rotate", "skip", "mask"]
 PoolNorm = Literal["layer", "rms"]
 
-_POOL_NORM = {None: 0, "layer": 1, "rms": 2}
+POOL_NORM = {None: 0, "layer": 1, "rms": 2}
 _CLS_ROPE = {"rotate": 0, "skip": 1, "mask": 2}
 
 
@@ -239,7 +239,7 @@ def late_cls_pool(
         ValueError: norm is unknown.
         RuntimeError: from the operator, on shapes or dtypes that do not fit; it says what was expected and what came.
     """
-    code = _POOL_NORM.get(norm)
+    code = POOL_NORM.get(norm)
     if code is None:
         raise ValueError(f"late_cls_pool: norm must be 'layer', 'rms' or None, got {norm!r}")
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32

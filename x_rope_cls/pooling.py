@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import projected, reference
 from ._checks import check_choice
 from ._heads import by_key_head, by_row, per_head, ungroup
 from ._layers import TokenNorm
@@ -37,6 +37,18 @@ _HEAD_ORDERS = ("block", "cyclic")
 # where there are instructions for them, and the two are even at half as many.
 _MOST_ROWS_PER_COLUMN = {torch.float32: 0.5, torch.float64: 0.5}
 _MOST_ROWS_PER_COLUMN_HALF = 0.25
+
+# In the order of the flags of ordinary_reasons.
+_REASONS = (
+    "keys or values are made by a layer that is not a plain Linear",
+    "keys are normalised after their projection",
+    "values are not linear in the tokens",
+    "memory key/values are keys of their own",
+    "keys are rotated by their positions",
+    "a position bias is added to the scores",
+    "a mask over pairs of query and key",
+    "attention dropout in training",
+)
 
 _OPERATOR_DEVICES = frozenset(
     device
@@ -94,20 +106,8 @@ def ordinary_reasons(
         attn_mask: a mask over pairs of query and key.
         dropout: attention weights are dropped.
     """
-    reasons = [
-        text
-        for flag, text in (
-            (projection, "keys or values are made by a layer that is not a plain Linear"),
-            (key_norm, "keys are normalised after their projection"),
-            (value_norm, "values are not linear in the tokens"),
-            (key_memory, "memory key/values are keys of their own"),
-            (rotated_keys, "keys are rotated by their positions"),
-            (position_bias, "a position bias is added to the scores"),
-            (attn_mask, "a mask over pairs of query and key"),
-            (dropout, "attention dropout in training"),
-        )
-        if flag
-    ]
+    flags = (projection, key_norm, value_norm, key_memory, rotated_keys, position_bias, attn_mask, dropout)
+    reasons = [text for flag, text in zip(flags, _REASONS, strict=True) if flag] if any(flags) else []
     if key_dim is not None:
         columns = key_heads * (key_dim + (key_dim if value_dim is None else value_dim))
         if heads * queries > _MOST_ROWS_PER_COLUMN.get(dtype, _MOST_ROWS_PER_COLUMN_HALF) * columns:
@@ -210,8 +210,39 @@ class _Call(NamedTuple):
 
 def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_weights: bool) -> Pooled:
     x, q, extra = call.x, call.q, call.extra
+    heads = q.shape[2]
+    query = None
+    if extra is None and not need_weights and projected.serves(x, q, call.k_weight, call.v_weight, key_heads):
+        out, lse = projected.pool_projected(
+            x, q, call.k_weight, call.v_weight, call.key_mask, call.norm, call.scale, cyclic
+        )
+    else:
+        out, query, lse = _absorbed_steps(call, key_heads, cyclic)
+    if call.v_bias is not None:
+        bias = per_head(call.v_bias, key_heads, heads, cyclic)
+        if extra is None and (call.key_mask is not None or x.shape[1] == 0):  # rows without keys stay 0
+            bias = bias * (lse != -torch.inf).transpose(1, 2)[..., None]
+        out = out + bias
+    if call.k_bias is not None and call.k_bias.requires_grad and torch.is_grad_enabled():
+        out = out + call.k_bias.sum() * 0  # its gradient is 0, not missing: DistributedDataParallel waits for one
+
+    weights = None
+    if query is not None and need_weights:
+        keys = x if call.norm is None else call.norm(_without_masked(x, call.key_mask))
+        weights = _map(query, keys[:, None], lse, call)
+        if extra is not None:
+            weights = torch.cat((_map(query, extra[:, None], lse, call._replace(key_mask=None)), weights), -1)
+    if return_lse and call.k_bias is not None:
+        bias = per_head(call.k_bias, key_heads, heads, cyclic)
+        lse = lse + (q * bias).sum(-1).transpose(1, 2).to(lse.dtype) * call.scale
+    return Pooled(out, lse if return_lse else None, weights)
+
+
+def _absorbed_steps(call: _Call, key_heads: int, cyclic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output without bias, folded queries and logsumexp."""
+    x, q, extra = call.x, call.q, call.extra
     queries, heads, key_dim = q.shape[1:]
-    batch, tokens, channels = x.shape
+    batch, _, channels = x.shape
     rows = by_key_head(q.reshape(q.shape[0] * queries, heads, key_dim), key_heads, cyclic)
     folded = torch.bmm(rows, call.k_weight.view(key_heads, key_dim, channels))
     query = by_row(folded, heads, cyclic).unflatten(0, (q.shape[0], queries)).transpose(1, 2)
@@ -224,25 +255,7 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
 
     rows = by_key_head(pooled.transpose(1, 2).reshape(batch * queries, heads, channels), key_heads, cyclic)
     out = torch.bmm(rows, call.v_weight.view(key_heads, -1, channels).mT)
-    out = by_row(out, heads, cyclic).unflatten(0, (batch, queries))
-    if call.v_bias is not None:
-        bias = per_head(call.v_bias, key_heads, heads, cyclic)
-        if extra is None and (call.key_mask is not None or tokens == 0):  # rows without keys stay 0
-            bias = bias * (lse != -torch.inf).transpose(1, 2)[..., None]
-        out = out + bias
-    if call.k_bias is not None and call.k_bias.requires_grad and torch.is_grad_enabled():
-        out = out + call.k_bias.sum() * 0  # its gradient is 0, not missing: DistributedDataParallel waits for one
-
-    weights = None
-    if need_weights:
-        keys = x if call.norm is None else call.norm(_without_masked(x, call.key_mask))
-        weights = _map(query, keys[:, None], lse, call)
-        if extra is not None:
-            weights = torch.cat((_map(query, extra[:, None], lse, call._replace(key_mask=None)), weights), -1)
-    if return_lse and call.k_bias is not None:
-        bias = per_head(call.k_bias, key_heads, heads, cyclic)
-        lse = lse + (q * bias).sum(-1).transpose(1, 2).to(lse.dtype) * call.scale
-    return Pooled(out, lse if return_lse else None, weights)
+    return by_row(out, heads, cyclic).unflatten(0, (batch, queries)), query, lse
 
 
 def _ordinary(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_weights: bool) -> Pooled:

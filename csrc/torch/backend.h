@@ -9,6 +9,7 @@
 #include "../kernels/attention.h"
 #include "../kernels/pooling.h"
 #include "../kernels/rope.h"
+#include "../kernels/rows.h"
 #include "checks.h"
 
 namespace x_rope_cls::ops {
@@ -26,5 +27,9 @@ void prepare_output(const Tensor& t);
 
 void run_pool_forward(const PoolParams& p, const Tensor& like);
 void run_pool_backward(const PoolBackwardParams& p, const Tensor& like);
+
+// CPU alone.
+void run_rows_product(const RowsProductParams& p, const Tensor& like);
+void run_rows_outer(const RowsOuterParams& p, const Tensor& like);
 
 }  // namespace x_rope_cls::ops

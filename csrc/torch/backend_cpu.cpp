@@ -69,6 +69,18 @@ void run_attention_backward(const AttentionBackwardParams& p, const Tensor& /*li
   cpu::kernels().attention_backward(p, threads, workspace.get());
 }
 
+void run_rows_product(const RowsProductParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().rows_product_workspace(p, threads.workers));
+  cpu::kernels().rows_product(p, threads, workspace.get());
+}
+
+void run_rows_outer(const RowsOuterParams& p, const Tensor& /*like*/) {
+  const Parallel threads = torch_threads();
+  const Workspace workspace(cpu::kernels().rows_outer_workspace(p, threads.workers));
+  cpu::kernels().rows_outer(p, threads, workspace.get());
+}
+
 // Memory fresh from the system comes in pages of 2 MB where the system lets programs ask for them
 // (transparent_hugepage: madvise): one page fault in place of 512, each of which costs as much as
 // writing several pages.

@@ -9,6 +9,7 @@
 #include "../limits.h"
 #include "../pooling.h"
 #include "../rope.h"
+#include "../rows.h"
 
 namespace x_rope_cls::cpu {
 
@@ -25,6 +26,10 @@ struct KernelTable {
   PoolForward pool_forward;
   PoolBackwardWorkspace pool_backward_workspace;
   PoolBackward pool_backward;
+  RowsProductWorkspace rows_product_workspace;
+  RowsProduct rows_product;
+  RowsOuterWorkspace rows_outer_workspace;
+  RowsOuter rows_outer;
   LimitKernels limits;
 };
 

@@ -42,6 +42,12 @@ void pool_forward(const PoolParams& params, const Parallel& parallel, void* work
 int64_t pool_backward_workspace(const PoolBackwardParams& params, int64_t workers);
 void pool_backward(const PoolBackwardParams& params, const Parallel& parallel, void* workspace);
 
+// rows.cpp
+int64_t rows_product_workspace(const RowsProductParams& params, int64_t workers);
+void rows_product(const RowsProductParams& params, const Parallel& parallel, void* workspace);
+int64_t rows_outer_workspace(const RowsOuterParams& params, int64_t workers);
+void rows_outer(const RowsOuterParams& params, const Parallel& parallel, void* workspace);
+
 // limits.cpp
 double fma_float32(int64_t iterations);
 #ifdef __AVX512BF16__

@@ -19,6 +19,10 @@ const KernelTable kTable = {
     .pool_forward = pool_forward,
     .pool_backward_workspace = pool_backward_workspace,
     .pool_backward = pool_backward,
+    .rows_product_workspace = rows_product_workspace,
+    .rows_product = rows_product,
+    .rows_outer_workspace = rows_outer_workspace,
+    .rows_outer = rows_outer,
     .limits =
         {
             .fma_float32 = fma_float32,

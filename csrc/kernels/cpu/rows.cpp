@@ -1,0 +1,312 @@
+// Products of a few rows with a matrix, by head. The matrix is read once, where it lies if its
+// elements can be used as they are; the rows of a head are packed, as they are few.
+#include "../rows.h"
+
+#include "arena.h"
+#include "convert.h"
+#include "few_rows.h"
+#include "few_rows_bf16.h"
+#include "isa.h"
+#include "pooling_grads.h"
+#include "tasks.h"
+
+namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
+namespace {
+
+constexpr int64_t kMatrixRows = 32;          // of a transposed matrix, a task
+constexpr int64_t kMatrixColumns = 128;      // of one that is not, a task
+constexpr int64_t kOuterRows = 24;           // of a sum of outer products, a task
+constexpr double kRowsFlopsPerWorker = 2e5;  // less work is not worth another thread
+
+// Rows of one group are numbered by batch, query and head, in this order.
+static inline int64_t rows_of_group(const RowGroups& by) {
+  return by.groups == 0 ? 0 : by.batch * by.queries * (by.heads / by.groups);
+}
+template <typename S>
+X_ROPE_CLS_INLINE S* row_at(const HeadRows& rows, const RowGroups& by, int64_t group, int64_t r) {
+  const int64_t together = by.heads / by.groups;
+  const int64_t j = r % together;
+  const int64_t token = r / together;
+  const int64_t head = by.cyclic ? j * by.groups + group : group * together + j;
+  return static_cast<S*>(rows.data) + token / by.queries * rows.stride_b +
+         token % by.queries * rows.stride_n + head * rows.stride_h;
+}
+
+// The rows of a group, dense, converted to U and padded with zeros.
+template <typename S, typename U>
+void pack_group(const HeadRows& rows, const RowGroups& by, int64_t group, int64_t channels,
+                int64_t width, U* to) {
+  const int64_t count = rows_of_group(by);
+  for (int64_t r = 0; r < count; ++r, to += width) {
+    const S* from = row_at<const S>(rows, by, group, r);
+    if constexpr (__is_same(S, U)) {
+      __builtin_memcpy(to, from, static_cast<size_t>(channels) * sizeof(S));
+    } else {
+      load_row(from, 1, channels, to);
+    }
+    for (int64_t c = channels; c < width; ++c) to[c] = U{};
+  }
+}
+
+// What products are made of: the storage type where there are dot products of it.
+template <typename S>
+struct RowsScratch {
+  using T = Compute<S>;
+  char* rows;     // of a group, packed, as T or as S
+  char* matrix;   // a part of the matrix, as T
+  T* sums;        // (rows of a group, columns of a task padded)
+  int64_t group;  // whose rows are in `rows`; -1: nobody's
+};
+struct RowsPlan {
+  int64_t rows;    // of a group
+  int64_t inner;   // padded
+  int64_t part;    // columns of a task
+  int64_t parts;   // of a group
+  int64_t stride;  // of sums
+  bool dots;       // products of bfloat16 as it is
+  bool in_place;   // the matrix needs no conversion
+  int64_t workers;
+};
+
+template <typename S>
+RowsPlan make_rows_plan(const RowsProductParams& p, int64_t most_workers) {
+  using T = Compute<S>;
+  RowsPlan plan{};
+  plan.rows = rows_of_group(p.by);
+  // Vectors of the matrix lie along its rows.
+  const int64_t along = p.transposed ? p.inner : p.columns;
+  plan.dots = kHasDots<S> && along % kDotChannels == 0;
+  plan.in_place = plan.dots || (__is_same(S, T) && along % kLanes<T> == 0);
+  plan.inner = round_up(p.inner, plan.dots ? kDotChannels : int64_t{kLanes<T>});
+  plan.part = p.transposed ? kMatrixRows : kMatrixColumns;
+  plan.parts = ceil_div(p.columns, plan.part);
+  plan.stride = plan.part + kLanes<T>;
+  const double flops =
+      2.0 * static_cast<double>(plan.rows * p.by.groups) * static_cast<double>(p.inner * p.columns);
+  plan.workers = useful_workers(most_workers, flops, kRowsFlopsPerWorker);
+  return plan;
+}
+
+template <typename S>
+RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, Arena& arena) {
+  using T = Compute<S>;
+  auto* scratch = arena.take<RowsScratch<S>>(plan.workers);
+  const int64_t size = plan.dots ? sizeof(S) : sizeof(T);
+  const int64_t block = plan.in_place ? 0 : plan.part * plan.inner;
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    RowsScratch<S> s{};
+    s.rows = arena.take<char>(plan.rows * plan.inner * size);
+    s.matrix = arena.take<char>(block * static_cast<int64_t>(sizeof(T)));
+    s.sums = arena.take<T>(plan.rows * plan.stride);
+    s.group = -1;
+    if (arena.base != nullptr) scratch[i] = s;
+  }
+  return scratch;
+}
+
+// `count` rows of `channels` elements of the matrix, as U: where they are, or padded in `buffer`.
+// They were last read one call ago: all of them are asked for at once.
+template <typename S, typename U>
+TokenBlock<U> read_matrix(const S* from, int64_t stride, int64_t count, int64_t channels,
+                          int64_t width, bool in_place, U* buffer) {
+  if constexpr (__is_same(S, U)) {
+    if (in_place) {
+      constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < channels; c += kLine)
+          __builtin_prefetch(from + i * stride + c, 0, 2);
+      }
+      return {from, stride, count};
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    U* row = buffer + i * width;
+    if constexpr (!__is_same(S, U) || __is_same(U, Compute<S>)) {
+      load_row(from + i * stride, 1, channels, row);
+    }
+    for (int64_t c = channels; c < width; ++c) row[c] = U{};
+  }
+  return {buffer, width, count};
+}
+
+// Columns [first, first + count) of the products of one group, U being S or the compute type.
+template <typename S, typename U>
+void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t group,
+                       int64_t first, int64_t count, const RowsScratch<S>& s) {
+  using T = Compute<S>;
+  U* rows = reinterpret_cast<U*>(s.rows);
+  U* buffer = reinterpret_cast<U*>(s.matrix);
+  const S* matrix = static_cast<const S*>(p.matrix);
+  if (p.transposed) {
+    const S* from = matrix + (group * p.columns + first) * p.matrix_stride;
+    const auto x =
+        read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
+    dot_rows(rows, plan.inner, plan.rows, x, plan.inner, s.sums, plan.stride);
+    return;
+  }
+  const int64_t width = round_up(count, plan.dots ? kDotChannels : int64_t{kLanes<T>});
+  const S* from = matrix + group * p.inner * p.matrix_stride + first;
+  const auto x =
+      read_matrix<S, U>(from, p.matrix_stride, p.inner, count, width, plan.in_place, buffer);
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    for (int64_t c = 0; c < width; ++c) s.sums[r * plan.stride + c] = T{0};
+  }
+  sum_rows(rows, plan.inner, plan.rows, x, width, 0, s.sums, plan.stride);
+  if constexpr (kHasDots<U>) {
+    for (int64_t r = 0; r < plan.rows; ++r) natural_order(s.sums + r * plan.stride, width);
+  }
+}
+
+template <typename S>
+void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task,
+                       RowsScratch<S>& s) {
+  using T = Compute<S>;
+  const int64_t group = task / plan.parts;
+  const int64_t first = task % plan.parts * plan.part;
+  const int64_t count = min_of(plan.part, p.columns - first);
+  const auto run = [&](auto type) {
+    using U = decltype(type);
+    if (s.group != group) {
+      pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, reinterpret_cast<U*>(s.rows));
+      s.group = group;
+    }
+    rows_product_part<S, U>(p, plan, group, first, count, s);
+  };
+  if constexpr (kHasDots<S>) {
+    plan.dots ? run(S{}) : run(T{});
+  } else {
+    run(T{});
+  }
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    store_row<S>(s.sums + r * plan.stride, 1, count, row_at<S>(p.out, p.by, group, r) + first);
+  }
+}
+
+template <typename S>
+void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, void* workspace) {
+  const RowsPlan plan = make_rows_plan<S>(p, parallel.workers);
+  Arena arena{static_cast<char*>(workspace), 0};
+  RowsScratch<S>* scratch = take_rows_scratch<S>(plan, arena);
+  if (plan.rows == 0) return;
+  run_tasks(parallel, plan.workers, p.by.groups * plan.parts, [&](int64_t task, int64_t worker) {
+    rows_product_task<S>(p, plan, task, scratch[worker]);
+  });
+}
+
+// -------------------------------------------------------------------------------------------------
+// Sums of outer products.
+
+template <typename T>
+struct OuterScratch {
+  T* a;           // (rows of a group, kOuterRows)
+  T* b;           // (rows of a group, width)
+  T* grads;       // (kOuterRows, width), where the sums do not go to memory at once
+  int64_t group;  // whose rows are in `b`; -1: nobody's
+};
+
+struct OuterPlan {
+  int64_t rows;   // of a group
+  int64_t width;  // of b, padded
+  int64_t parts;  // of a group
+  int64_t workers;
+};
+
+template <typename S>
+OuterPlan make_outer_plan(const RowsOuterParams& p, int64_t most_workers) {
+  OuterPlan plan{};
+  plan.rows = rows_of_group(p.by);
+  plan.width = round_up(p.b_columns, kLanes<Compute<S>>);
+  plan.parts = ceil_div(p.a_columns, kOuterRows);
+  const double flops = 2.0 * static_cast<double>(plan.rows * p.by.groups) *
+                       static_cast<double>(p.a_columns * p.b_columns);
+  plan.workers = useful_workers(most_workers, flops, kRowsFlopsPerWorker);
+  return plan;
+}
+
+template <typename S>
+OuterScratch<Compute<S>>* take_outer_scratch(const OuterPlan& plan, Arena& arena) {
+  using T = Compute<S>;
+  auto* scratch = arena.take<OuterScratch<T>>(plan.workers);
+  for (int64_t i = 0; i < plan.workers; ++i) {
+    OuterScratch<T> s{};
+    s.a = arena.take<T>(plan.rows * kOuterRows);
+    s.b = arena.take<T>(plan.rows * plan.width);
+    s.grads = arena.take<T>(kOuterRows * plan.width);
+    s.group = -1;
+    if (arena.base != nullptr) scratch[i] = s;
+  }
+  return scratch;
+}
+
+template <typename S>
+void rows_outer_task(const RowsOuterParams& p, const OuterPlan& plan, int64_t task,
+                     OuterScratch<Compute<S>>& s) {
+  using T = Compute<S>;
+  const int64_t group = task / plan.parts;
+  const int64_t first = task % plan.parts * kOuterRows;
+  const int64_t count = min_of(kOuterRows, p.a_columns - first);
+  if (s.group != group) {
+    pack_group<S, T>(p.b, p.by, group, p.b_columns, plan.width, s.b);
+    s.group = group;
+  }
+  HeadRows part = p.a;
+  part.data = static_cast<S*>(p.a.data) + first;
+  pack_group<S, T>(part, p.by, group, count, kOuterRows, s.a);
+  const GradFactors<T> f{s.a, kOuterRows, s.b, plan.width, plan.rows};
+  S* out = static_cast<S*>(p.out) + (group * p.a_columns + first) * p.b_columns;
+  if (plan.width == p.b_columns) {
+    return grads_of_tokens<S, T, false>(f, 0, count, out, p.b_columns);
+  }
+  grads_of_tokens<T, T, false>(f, 0, count, s.grads, plan.width);
+  for (int64_t i = 0; i < count; ++i) {
+    store_row<S>(s.grads + i * plan.width, 1, p.b_columns, out + i * p.b_columns);
+  }
+}
+
+template <typename S>
+void rows_outer_typed(const RowsOuterParams& p, const Parallel& parallel, void* workspace) {
+  const OuterPlan plan = make_outer_plan<S>(p, parallel.workers);
+  Arena arena{static_cast<char*>(workspace), 0};
+  OuterScratch<Compute<S>>* scratch = take_outer_scratch<S>(plan, arena);
+  run_tasks(parallel, plan.workers, p.by.groups * plan.parts, [&](int64_t task, int64_t worker) {
+    rows_outer_task<S>(p, plan, task, scratch[worker]);
+  });
+}
+
+}  // namespace
+
+int64_t rows_product_workspace(const RowsProductParams& params, int64_t workers) {
+  int64_t bytes = 0;
+  with_storage_type(params.by.dtype, [&](auto type) {
+    using S = decltype(type);
+    Arena arena{nullptr, 0};
+    take_rows_scratch<S>(make_rows_plan<S>(params, workers), arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+void rows_product(const RowsProductParams& params, const Parallel& parallel, void* workspace) {
+  with_storage_type(params.by.dtype, [&](auto type) {
+    rows_product_typed<decltype(type)>(params, parallel, workspace);
+  });
+}
+
+int64_t rows_outer_workspace(const RowsOuterParams& params, int64_t workers) {
+  int64_t bytes = 0;
+  with_storage_type(params.by.dtype, [&](auto type) {
+    using S = decltype(type);
+    Arena arena{nullptr, 0};
+    take_outer_scratch<S>(make_outer_plan<S>(params, workers), arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+void rows_outer(const RowsOuterParams& params, const Parallel& parallel, void* workspace) {
+  with_storage_type(params.by.dtype, [&](auto type) {
+    rows_outer_typed<decltype(type)>(params, parallel, workspace);
+  });
+}
+
+}  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
