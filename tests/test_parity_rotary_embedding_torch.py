@@ -13,7 +13,7 @@ library = pytest.importorskip("rotary_embedding_torch")
 @pytest.mark.parametrize("dim", [4, 16, 32])
 @pytest.mark.parametrize("options", [{}, {"interpolation_factor": 2.0}, {"base": 77}, {"base_rescale_factor": 3.0}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rotated_queries(isa, dim, options, dtype):
+def test_rotated_queries(backend, dim, options, dtype):
     names = {
         "interpolation_factor": "interpolate_factor",
         "base": "theta",
@@ -25,14 +25,14 @@ def test_rotated_queries(isa, dim, options, dtype):
     torch.testing.assert_close(out, theirs.rotate_queries_or_keys(x), rtol=1e-4, atol=2e-5)  # float32 angles to 50
 
 
-def test_offsets_are_positions(isa):
+def test_offsets_are_positions(backend):
     theirs = library.RotaryEmbedding(16)
     x = torch.randn(2, 3, 10, 16)
     out = apply_rope(x, RotaryEmbedding(16)(torch.arange(10) + 7))
     torch.testing.assert_close(out, theirs.rotate_queries_or_keys(x, offset=7), rtol=1e-4, atol=1e-5)
 
 
-def test_xpos(isa):
+def test_xpos(backend):
     """Their scales count from len // 2, as ours and x-transformers' do for consecutive positions."""
     theirs = library.RotaryEmbedding(16, use_xpos=True)
     ours = RotaryEmbedding(16, use_xpos=True)
@@ -45,7 +45,7 @@ def test_xpos(isa):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_axial_frequencies(isa):
+def test_axial_frequencies(backend):
     """Their 2-D frequencies, concatenated by axis, are our axial tables."""
     theirs = library.RotaryEmbedding(16)  # per axis
     freqs = theirs.get_axial_freqs(4, 6)
@@ -55,7 +55,7 @@ def test_axial_frequencies(isa):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_learned_tables(isa):
+def test_learned_tables(backend):
     """Any angles: their freqs repeat every angle for its two channels."""
     angles = torch.randn(9, 4, requires_grad=True)
     x = torch.randn(2, 3, 9, 12)

@@ -55,7 +55,7 @@ def rope_attention_would_differ(attention: nn.Module, x: Tensor, rotary: Rotary)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("half", [False, True])
-def test_eva_attention(isa, timm, prefix, fused, half):
+def test_eva_attention(backend, timm, prefix, fused, half):
     from timm.layers import RotaryEmbeddingCat
     from timm.models.eva import EvaAttention
 
@@ -75,7 +75,7 @@ def test_eva_attention(isa, timm, prefix, fused, half):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_rope(isa, timm, kv_heads, masked):
+def test_attention_rope(backend, timm, kv_heads, masked):
     from timm.layers import AttentionRope, RotaryEmbeddingCat
 
     attention = AttentionRope(
@@ -92,7 +92,7 @@ def test_attention_rope(isa, timm, kv_heads, masked):
     compare(attention, theirs.get_embed(), AxialRotaryEmbedding.eva(16, num_prefix_tokens=2)((5, 5)), 64, mask)
 
 
-def test_gated_attention_rope_with_dinov3_tables(isa, timm):
+def test_gated_attention_rope_with_dinov3_tables(backend, timm):
     from timm.layers import AttentionRope
     from timm.layers.pos_embed_sincos import RotaryEmbeddingDinoV3
 

@@ -57,7 +57,7 @@ def compare(
         {"norm_layer": partial(nn.RMSNorm, eps=1e-2), "act_layer": nn.SiLU},
     ],
 )
-def test_class_attention(isa, timm, bias, fused, options):
+def test_class_attention(backend, timm, bias, fused, options):
     from timm.models.cait import LayerScaleBlockClassAttn
 
     theirs = LayerScaleBlockClassAttn(DIM, 3, qkv_bias=bias, **options)
@@ -114,7 +114,7 @@ LATENT = [
 
 @pytest.mark.parametrize("options", LATENT, ids=str)
 @pytest.mark.parametrize("mask", ["none", "bool", "additive"])
-def test_attention_pool_latent(isa, timm, options, mask):
+def test_attention_pool_latent(backend, timm, options, mask):
     from timm.layers import AttentionPoolLatent as Theirs
 
     options = {"num_heads": 3, **options}
