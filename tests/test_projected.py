@@ -15,7 +15,9 @@ from tolerance import CHAIN, GRADIENT_SLACK, SLACK, assert_close
 from torch import Tensor
 
 from x_rope_cls import _C, projected
+from x_rope_cls.pool_layer import pool_layer
 from x_rope_cls.pooling import Pooled
+from x_rope_cls.projected import Weights
 
 
 def run(case: PoolCase, function: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -32,9 +34,8 @@ def run(case: PoolCase, function: Any) -> tuple[Tensor, Tensor, dict[str, Tensor
 
 
 def in_one_call(case: PoolCase) -> Pooled:
-    heads = case.k_weight.shape[0] // case.q.shape[3]
     empty = any(t.numel() == 0 for t in (case.x, case.q))
-    assert empty or projected.serves(case.x, case.q, case.k_weight, case.v_weight, heads)
+    assert empty or projected.serves(case.x, case.q, Weights(case.k_weight, case.v_weight), 1)
     return call(case, form="absorbed", need_weights=False)
 
 
@@ -151,17 +152,58 @@ def test_gradient_of_the_logsumexp_alone():
     torch.testing.assert_close(found, torch.autograd.grad(plain(leaves).lse.sum(), tensors))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("B", "M", "heads", "shared"), [(1, 1, (1, 1), True), (3, 2, (2, 2), True), (2, 5, (3, 1), False)]
+)
+def test_whole_layer(dtype, B, M, heads, shared):
+    """W_q and W_out come along; nothing else calls the operator, or steps would be compared with themselves."""
+    g, (key_heads, group) = Generator(5), heads
+    H, D, Dv = key_heads * group, 8, 12
+    x, queries = g.normal(B, 21, 40, dtype=dtype), g.normal(1 if shared else B, M, 33, dtype=dtype)
+    shapes = ((key_heads * D, 40), (key_heads * Dv, 40), (H * D, 33), (25, H * Dv))
+    tensors = (x, queries, *(g.normal(*shape, dtype=dtype) * shape[1] ** -0.5 for shape in shapes))
+    grad = g.normal(B, M, 25, dtype=dtype)
+    key_mask = g.chance(0.7, B, 21)
+    key_mask[0] = False
+
+    def gradients(function: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+        out = function(leaves[0], leaves[1], Weights(*leaves[2:]))
+        return out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+    def layer(x: Tensor, queries: Tensor, weights: Weights) -> Tensor:
+        return pool_layer(x, queries, weights, heads=H, key_mask=key_mask, head_order="cyclic").out
+
+    def steps(x: Tensor, queries: Tensor, weights: Weights) -> Tensor:
+        q = (queries @ weights.q.mT).unflatten(-1, (H, D)).expand(B, -1, -1, -1)
+        out = plain(PoolCase(x, q, weights.k, weights.v, key_mask=key_mask, head_order="cyclic")).out
+        return out.flatten(2) @ weights.out.mT
+
+    eager, exact = gradients(steps, dtype), gradients(steps, torch.float64)
+    for isa in _C.cpu_isas():
+        with running(isa):
+            assert projected.serves(x, queries, Weights(*tensors[2:]), 1)
+            found = gradients(layer, dtype)
+        for i, of in enumerate(zip(found, eager, exact, strict=True)):
+            slack = SLACK[dtype] if i == 0 else GRADIENT_SLACK[dtype]
+            assert_close(*of, dtype, f"result {i}, {isa}", CHAIN * slack)
+
+
 def test_where_it_does_not_serve():
     case = make(torch.float32)
-    tensors = (case.x, case.q, case.k_weight, case.v_weight)
-    assert projected.serves(*tensors, 2)
+    weights = Weights(case.k_weight, case.v_weight)
+    assert projected.serves(case.x, case.q, weights, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not projected.serves(*tensors, 2)
-    assert not projected.serves(case.x.double(), *tensors[1:], 2)
-    assert not projected.serves(case.x.to("meta"), *(t.to("meta") for t in tensors[1:]), 2)
-    assert not projected.serves(case.x[:, :0], *tensors[1:], 2)
-    assert not projected.serves(case.x, case.q.expand(2, 1, 2, 16).repeat(1, 600, 1, 1), *tensors[2:], 2)
-    torch.func.vmap(lambda x: torch.tensor(projected.serves(x, *tensors[1:], 2)))(case.x[None]).logical_not().all()
+        assert not projected.serves(case.x, case.q, weights, 2)
+    assert not projected.serves(case.x.double(), case.q, weights, 2)
+    assert not projected.serves(case.x, case.q, weights._replace(out=case.x.double()), 2)
+    assert not projected.serves(case.x.to("meta"), case.q, weights, 2)
+    assert not projected.serves(case.x[:, :0], case.q, weights, 2)
+    assert not projected.serves(case.x, case.q, weights, 10_000)
+    served = []
+    torch.func.vmap(lambda x: served.append(projected.serves(x, case.q, weights, 2)) or x)(case.x[None])
+    assert served == [False]
 
 
 @pytest.mark.parametrize(
@@ -170,13 +212,16 @@ def test_where_it_does_not_serve():
         ({"x": (2, 64)}, "x must be"),
         ({"q": (3, 1, 2, 16)}, "q must be"),
         ({"k_weight": (33, 64)}, "rows of the weights must fit"),
+        ({"q_weight": (32, 15)}, "q must be"),
+        ({"q_weight": (32, 15), "q": (2, 1, 1, 16)}, "q_weight must be"),
+        ({"out_weight": (5, 33)}, "out_weight must be"),
         ({"v_weight": (33, 64)}, "rows of the weights must fit"),
-        ({"k_weight": (32, 63)}, r"weights must be \(rows, channels\)"),
+        ({"k_weight": (32, 63)}, "weights must be"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change, message):
     case = make(torch.float32)
-    tensors = {name: getattr(case, name) for name in ("x", "q", "k_weight", "v_weight")}
+    tensors = {name: getattr(case, name, None) for name in ("x", "q", "k_weight", "v_weight", "q_weight", "out_weight")}
     tensors.update({name: torch.zeros(shape) for name, shape in change.items()})
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.x_rope_cls._pool_projected(*tensors.values(), None, None, None, 1.0, 0, 1e-5, False)
+        torch.ops.x_rope_cls._pool_projected(*tensors.values(), None, None, None, 2, False, 1.0, 0, 1e-5)

@@ -212,10 +212,10 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
     x, q, extra = call.x, call.q, call.extra
     heads = q.shape[2]
     query = None
-    if extra is None and not need_weights and projected.serves(x, q, call.k_weight, call.v_weight, key_heads):
-        out, lse = projected.pool_projected(
-            x, q, call.k_weight, call.v_weight, call.key_mask, call.norm, call.scale, cyclic
-        )
+    weights = projected.Weights(call.k_weight, call.v_weight)
+    rows = x.shape[0] * q.shape[1] * (heads // key_heads)
+    if extra is None and not need_weights and projected.serves(x, q, weights, rows):
+        out, lse = projected.pool_projected(x, q, weights, heads, cyclic, call.key_mask, call.norm, call.scale)
     else:
         out, query, lse = _absorbed_steps(call, key_heads, cyclic)
     if call.v_bias is not None:
@@ -226,16 +226,16 @@ def _absorbed(call: _Call, key_heads: int, cyclic: bool, return_lse: bool, need_
     if call.k_bias is not None and call.k_bias.requires_grad and torch.is_grad_enabled():
         out = out + call.k_bias.sum() * 0  # its gradient is 0, not missing: DistributedDataParallel waits for one
 
-    weights = None
+    maps = None
     if query is not None and need_weights:
         keys = x if call.norm is None else call.norm(_without_masked(x, call.key_mask))
-        weights = _map(query, keys[:, None], lse, call)
+        maps = _map(query, keys[:, None], lse, call)
         if extra is not None:
-            weights = torch.cat((_map(query, extra[:, None], lse, call._replace(key_mask=None)), weights), -1)
+            maps = torch.cat((_map(query, extra[:, None], lse, call._replace(key_mask=None)), maps), -1)
     if return_lse and call.k_bias is not None:
         bias = per_head(call.k_bias, key_heads, heads, cyclic)
         lse = lse + (q * bias).sum(-1).transpose(1, 2).to(lse.dtype) * call.scale
-    return Pooled(out, lse if return_lse else None, weights)
+    return Pooled(out, lse if return_lse else None, maps)
 
 
 def _absorbed_steps(call: _Call, key_heads: int, cyclic: bool) -> tuple[Tensor, Tensor, Tensor]:

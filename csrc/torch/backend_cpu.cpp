@@ -25,7 +25,7 @@ Parallel torch_threads() {
   return {static_cast<int64_t>(torch::stable::get_num_threads()), run_on_torch_threads, nullptr};
 }
 
-constexpr uintptr_t kPageBytes = 4096;
+constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kHugePageBytes = 2 << 20;
 
 // Scratch memory, 64-byte aligned, freed at the end of the scope.
@@ -88,10 +88,12 @@ void prepare_output([[maybe_unused]] const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
   if (bytes < 2 * kHugePageBytes) return;
-  const auto start = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (start + kPageBytes - 1) / kPageBytes * kPageBytes;
-  const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) / kPageBytes * kPageBytes;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // no more than a wish
+  // Whole pages alone.
+  auto* const data = static_cast<char*>(t.data_ptr());
+  const auto before = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) % kPageBytes);
+  const int64_t skipped = before == 0 ? 0 : kPageBytes - before;
+  const int64_t length = (bytes - skipped) / kPageBytes * kPageBytes;
+  madvise(data + skipped, static_cast<size_t>(length), MADV_HUGEPAGE);  // no more than a wish
 #endif
 }
 

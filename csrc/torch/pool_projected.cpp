@@ -23,141 +23,187 @@ HeadRows rows_by_head(const Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
 }
 
-// Shapes of one call.
+// What one call is about, and its products.
 struct Projections {
+  const Tensor& like;
   int64_t batch, query_batch, queries, heads, key_heads;
   int64_t channels, key_dim, value_dim;
   bool cyclic;
 
-  RowGroups groups(const Tensor& like, int64_t rows_batch) const {
+  Tensor empty(const std::vector<int64_t>& sizes) const {
+    return empty_of(like, sizes, like.scalar_type());
+  }
+  // Rows of the heads; all heads of a token as one row.
+  RowGroups by_head(int64_t rows_batch) const {
     return {dtype_of(like), rows_batch, queries, heads, key_heads, cyclic};
+  }
+  RowGroups merged(int64_t rows_batch) const {
+    return {dtype_of(like), rows_batch, queries, 1, 1, false};
   }
 };
 
-Projections check_projections(const std::string& op, const Tensor& x, const Tensor& q,
-                              const Tensor& k_weight, const Tensor& v_weight, bool cyclic) {
-  const auto require = [&](bool fits, const char* what) {
-    if (!fits) throw std::runtime_error(op + ": " + what);
-  };
-  require(x.dim() == 3, "x must be (batch, tokens, channels)");
-  require(q.dim() == 4 && (q.size(0) == 1 || q.size(0) == x.size(0)) && q.size(3) > 0,
-          "q must be (batch or 1, queries, heads, key_dim)");
-  Projections s{};
-  s.batch = x.size(0);
-  s.channels = x.size(2);
-  s.query_batch = q.size(0);
-  s.queries = q.size(1);
-  s.heads = q.size(2);
-  s.key_dim = q.size(3);
-  s.cyclic = cyclic;
-  for (const Tensor* t : {&q, &k_weight, &v_weight}) {
-    require(t->scalar_type() == x.scalar_type(), "q and weights must have the dtype of x");
-  }
-  for (const Tensor* t : {&k_weight, &v_weight}) {
-    require(t->dim() == 2 && t->size(1) == s.channels, "weights must be (rows, channels)");
-  }
-  s.key_heads = k_weight.size(0) / s.key_dim;
-  require(s.key_heads > 0 && s.key_heads * s.key_dim == k_weight.size(0) &&
-              s.heads % s.key_heads == 0 && v_weight.size(0) % s.key_heads == 0,
-          "rows of the weights must fit the heads");
-  s.value_dim = v_weight.size(0) / s.key_heads;
-  return s;
+void require(const std::string& op, bool fits, const char* what) {
+  if (!fits) throw std::runtime_error(op + ": " + what);
 }
 
-// out = rows times the matrix of their key head, or its transpose.
+Projections check_projections(const std::string& op, const ProjectedArguments& a) {
+  require(op, a.x.dim() == 3, "x must be (batch, tokens, channels)");
+  const bool batched = a.q.dim() == 4 && (a.q.size(0) == 1 || a.q.size(0) == a.x.size(0));
+  require(op, batched && a.heads > 0 && a.q.size(2) == (a.q_weight ? 1 : a.heads),
+          "q must be (batch or 1, queries, heads, key_dim)");
+  const auto is_weight = [&](const Tensor& t, int64_t columns) {
+    return t.dim() == 2 && t.size(1) == columns && t.scalar_type() == a.x.scalar_type();
+  };
+  require(op, a.q.scalar_type() == a.x.scalar_type(), "q must have the dtype of x");
+  require(op, is_weight(a.k_weight, a.x.size(2)) && is_weight(a.v_weight, a.x.size(2)),
+          "weights must be (rows, channels), dtype of x");
+  require(
+      op,
+      !a.q_weight || (is_weight(*a.q_weight, a.q.size(3)) && a.q_weight->size(0) % a.heads == 0),
+      "q_weight must be (heads * key_dim, channels of q), dtype of x");
+  const int64_t key_dim = a.q_weight ? a.q_weight->size(0) / a.heads : a.q.size(3);
+  const int64_t key_heads = key_dim > 0 ? a.k_weight.size(0) / key_dim : 0;
+  require(op,
+          key_heads > 0 && key_heads * key_dim == a.k_weight.size(0) && a.heads % key_heads == 0 &&
+              a.v_weight.size(0) % key_heads == 0,
+          "rows of the weights must fit the heads");
+  const int64_t value_dim = a.v_weight.size(0) / key_heads;
+  require(op, !a.out_weight || is_weight(*a.out_weight, a.heads * value_dim),
+          "out_weight must be (out_dim, heads * value_dim), dtype of x");
+  return {a.x,       a.x.size(0), a.q.size(0), a.q.size(1), a.heads,
+          key_heads, a.x.size(2), key_dim,     value_dim,   a.cyclic};
+}
+
+// out = rows times the matrix of their group, or its transpose.
 void multiply(const RowGroups& by, const HeadRows& rows, int64_t inner, const Tensor& matrix,
               bool transposed, const HeadRows& out, int64_t columns) {
-  RowsProductParams p{};
-  p.by = by;
-  p.inner = inner;
-  p.columns = columns;
-  p.transposed = transposed;
-  p.rows = rows;
-  p.matrix = matrix.data_ptr();
-  p.matrix_stride = matrix.stride(0);
-  p.out = out;
+  const Tensor dense = dense_channels(matrix);
+  RowsProductParams p{by, inner, columns, transposed, rows, dense.data_ptr(), dense.stride(0), out};
   run_rows_product(p, matrix);
 }
 
-// Gradient of a weight: the sum of a b^T over the rows of each key head.
-Tensor outer_sums(const RowGroups& by, const HeadRows& a, int64_t a_columns, const HeadRows& b,
-                  int64_t b_columns, const Tensor& like) {
-  Tensor out = empty_of(like, {by.groups * a_columns, b_columns}, like.scalar_type());
-  RowsOuterParams p{by, a_columns, b_columns, a, b, out.data_ptr()};
-  run_rows_outer(p, like);
+// Gradient of a weight: the sum of a b^T over the rows of each group.
+Tensor outer_sums(const Projections& s, const RowGroups& by, const HeadRows& a, int64_t a_columns,
+                  const HeadRows& b, int64_t b_columns) {
+  Tensor out = s.empty({by.groups * a_columns, b_columns});
+  const RowsOuterParams p{by, a_columns, b_columns, a, b, out.data_ptr()};
+  run_rows_outer(p, s.like);
   return out;
 }
 
+// A (batch, queries, heads, channels) tensor of ours as rows of all heads.
+HeadRows merged_rows(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), 0}; }
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_projected(
-    const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
-    const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double scale, int64_t norm, double norm_eps, bool cyclic) {
-  const Projections s = check_projections("_pool_projected", x, q, k_weight, v_weight, cyclic);
-  const Tensor rows = dense_channels(q);
-  const Tensor keys = dense_channels(k_weight);
-  const Tensor values = dense_channels(v_weight);
-  Tensor folded = empty_of(x, {s.query_batch, s.heads, s.queries, s.channels}, x.scalar_type());
-  multiply(s.groups(x, s.query_batch), rows_of(rows), s.key_dim, keys, false, rows_by_head(folded),
-           s.channels);
+Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weight,
+                         const Tensor& v_weight, const OptionalTensor& q_weight,
+                         const OptionalTensor& out_weight, const OptionalTensor& key_mask,
+                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                         int64_t heads, bool cyclic, double scale, int64_t norm, double norm_eps) {
+  const ProjectedArguments a{x,        q,           k_weight,  v_weight, q_weight, out_weight,
+                             key_mask, norm_weight, norm_bias, heads,    cyclic};
+  const Projections s = check_projections("_pool_projected", a);
+  const Tensor given = dense_channels(q);
+  Tensor projected = s.empty({0});
+  if (q_weight) {
+    projected = s.empty({s.query_batch, s.queries, heads, s.key_dim});
+    multiply(s.merged(s.query_batch), rows_of(given), given.size(3), *q_weight, true,
+             merged_rows(projected), heads * s.key_dim);
+  }
+  Tensor folded = s.empty({s.query_batch, heads, s.queries, s.channels});
+  multiply(s.by_head(s.query_batch), rows_of(q_weight ? projected : given), s.key_dim, k_weight,
+           false, rows_by_head(folded), s.channels);
   auto [pooled, lse] =
       late_cls_pool(x, folded, key_mask, norm_weight, norm_bias, scale, norm, norm_eps);
-  Tensor out = empty_of(x, {s.batch, s.queries, s.heads, s.value_dim}, x.scalar_type());
-  multiply(s.groups(x, s.batch), rows_by_head(pooled), s.channels, values, true, rows_of(out),
+  Tensor merged = s.empty({s.batch, s.queries, heads, s.value_dim});
+  multiply(s.by_head(s.batch), rows_by_head(pooled), s.channels, v_weight, true, rows_of(merged),
            s.value_dim);
-  return {out, folded, pooled, lse};
+  if (!out_weight) return {merged, projected, folded, pooled, lse, s.empty({0})};
+  Tensor out = s.empty({s.batch, s.queries, 1, out_weight->size(0)});
+  multiply(s.merged(s.batch), merged_rows(merged), heads * s.value_dim, *out_weight, true,
+           rows_of(out), out.size(3));
+  return {out, projected, folded, pooled, lse, merged};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_projected_backward(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& x, const Tensor& q,
-    const Tensor& k_weight, const Tensor& v_weight, const Tensor& folded, const Tensor& pooled,
-    const Tensor& lse, const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double scale, int64_t norm, double norm_eps, bool cyclic,
-    bool need_x_grad, bool need_weight_grads) {
+ProjectedGradients pool_projected_backward(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& projected_q,
+    const Tensor& folded, const Tensor& pooled, const Tensor& lse, const Tensor& merged,
+    const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
+    const OptionalTensor& q_weight, const OptionalTensor& out_weight,
+    const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, int64_t heads, bool cyclic, double scale, int64_t norm,
+    double norm_eps, bool need_x_grad, bool need_weight_grads) {
   const std::string op = "_pool_projected_backward";
-  const Projections s = check_projections(op, x, q, k_weight, v_weight, cyclic);
-  if (grad.dim() != 4 || grad.size(0) != s.batch || grad.size(1) != s.queries ||
-      grad.size(2) != s.heads || grad.size(3) != s.value_dim ||
-      grad.scalar_type() != x.scalar_type()) {
-    throw std::runtime_error(op + ": grad must be (batch, queries, heads, value_dim), dtype of x");
+  const ProjectedArguments a{x,        q,           k_weight,  v_weight, q_weight, out_weight,
+                             key_mask, norm_weight, norm_bias, heads,    cyclic};
+  const Projections s = check_projections(op, a);
+  const int64_t columns = out_weight ? out_weight->size(0) : s.value_dim;
+  require(op,
+          grad.dim() == 4 && grad.size(0) == s.batch && grad.size(1) == s.queries &&
+              grad.size(2) == (out_weight ? 1 : heads) && grad.size(3) == columns &&
+              grad.scalar_type() == x.scalar_type(),
+          "grad must have the shape and dtype of the output");
+  const RowGroups by_output = s.by_head(s.batch);
+  const RowGroups by_query = s.by_head(s.query_batch);
+  const Tensor given = dense_channels(q);
+  const Tensor& used = q_weight ? projected_q : given;
+  Tensor dk_weight = s.empty({0});
+  Tensor dv_weight = s.empty({0});
+  Tensor dq_weight = s.empty({0});
+  Tensor dout_weight = s.empty({0});
+
+  Tensor merged_grad = dense_channels(grad);
+  if (out_weight) {
+    const Tensor out_grad = merged_grad;
+    merged_grad = s.empty({s.batch, s.queries, heads, s.value_dim});
+    multiply(s.merged(s.batch), rows_of(out_grad), columns, *out_weight, false,
+             merged_rows(merged_grad), heads * s.value_dim);
+    if (need_weight_grads) {
+      dout_weight = outer_sums(s, s.merged(s.batch), rows_of(out_grad), columns,
+                               merged_rows(merged), heads * s.value_dim);
+    }
   }
-  const Tensor out_grad = dense_channels(grad);
-  const Tensor rows = dense_channels(q);
-  const Tensor keys = dense_channels(k_weight);
-  const Tensor values = dense_channels(v_weight);
-  const RowGroups by_output = s.groups(x, s.batch);
-  const RowGroups by_query = s.groups(x, s.query_batch);
-  Tensor pooled_grad = empty_of(x, {s.batch, s.heads, s.queries, s.channels}, x.scalar_type());
-  multiply(by_output, rows_of(out_grad), s.value_dim, values, false, rows_by_head(pooled_grad),
+  Tensor pooled_grad = s.empty({s.batch, heads, s.queries, s.channels});
+  multiply(by_output, rows_of(merged_grad), s.value_dim, v_weight, false, rows_by_head(pooled_grad),
            s.channels);
   auto [dx, dfolded, dnorm_weight, dnorm_bias] =
       late_cls_pool_backward(pooled_grad, grad_lse, x, folded, pooled, lse, key_mask, norm_weight,
                              norm_bias, scale, norm, norm_eps, need_x_grad);
-  Tensor dq = empty_of(x, {s.query_batch, s.queries, s.heads, s.key_dim}, x.scalar_type());
-  multiply(by_query, rows_by_head(dfolded), s.channels, keys, true, rows_of(dq), s.key_dim);
-  Tensor dk_weight = empty_of(x, {0}, x.scalar_type());
-  Tensor dv_weight = dk_weight;
+  Tensor dq = s.empty({s.query_batch, s.queries, heads, s.key_dim});
+  multiply(by_query, rows_by_head(dfolded), s.channels, k_weight, true, rows_of(dq), s.key_dim);
   if (need_weight_grads) {
     dk_weight =
-        outer_sums(by_query, rows_of(rows), s.key_dim, rows_by_head(dfolded), s.channels, x);
-    dv_weight =
-        outer_sums(by_output, rows_of(out_grad), s.value_dim, rows_by_head(pooled), s.channels, x);
+        outer_sums(s, by_query, rows_of(used), s.key_dim, rows_by_head(dfolded), s.channels);
+    dv_weight = outer_sums(s, by_output, rows_of(merged_grad), s.value_dim, rows_by_head(pooled),
+                           s.channels);
   }
-  return {dx, dq, dk_weight, dv_weight, dnorm_weight, dnorm_bias};
+  if (q_weight) {
+    const Tensor projected_grad = dq;
+    dq = s.empty({s.query_batch, s.queries, 1, given.size(3)});
+    multiply(s.merged(s.query_batch), merged_rows(projected_grad), heads * s.key_dim, *q_weight,
+             false, rows_of(dq), given.size(3));
+    if (need_weight_grads) {
+      dq_weight = outer_sums(s, s.merged(s.query_batch), merged_rows(projected_grad),
+                             heads * s.key_dim, rows_of(given), given.size(3));
+    }
+  }
+  return {dx, dq, dk_weight, dv_weight, dq_weight, dout_weight, dnorm_weight, dnorm_bias};
 }
 
 void define_pool_projected(torch::stable::detail::StableLibrary& m) {
   m.def(
-      "_pool_projected(Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? key_mask, "
-      "Tensor? norm_weight, Tensor? norm_bias, float scale, int norm, float norm_eps, bool cyclic) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "_pool_projected_backward(Tensor grad, Tensor? grad_lse, Tensor x, Tensor q, "
-      "Tensor k_weight, Tensor v_weight, Tensor folded, Tensor pooled, Tensor lse, "
-      "Tensor? key_mask, Tensor? norm_weight, Tensor? norm_bias, float scale, int norm, "
-      "float norm_eps, bool cyclic, bool need_x_grad, bool need_weight_grads) -> "
+      "_pool_projected(Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? q_weight, "
+      "Tensor? out_weight, Tensor? key_mask, Tensor? norm_weight, Tensor? norm_bias, int heads, "
+      "bool cyclic, float scale, int norm, float norm_eps) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_pool_projected_backward(Tensor grad, Tensor? grad_lse, Tensor projected_q, Tensor folded, "
+      "Tensor pooled, Tensor lse, Tensor merged, Tensor x, Tensor q, Tensor k_weight, "
+      "Tensor v_weight, Tensor? q_weight, Tensor? out_weight, Tensor? key_mask, "
+      "Tensor? norm_weight, Tensor? norm_bias, int heads, bool cyclic, float scale, int norm, "
+      "float norm_eps, bool need_x_grad, bool need_weight_grads) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 void implement_pool_projected(torch::stable::detail::StableLibrary& m) {

@@ -10,23 +10,42 @@
 
 namespace x_rope_cls::ops {
 
-// q: (batch or 1, queries, heads, key_dim). k_weight: (key_heads * key_dim, channels), v_weight:
-// (key_heads * value_dim, channels). Head h reads key head h / (heads / key_heads), or h %
-// key_heads where `cyclic`. Result: out (batch, queries, heads, value_dim), the folded queries,
-// pooled and lse of late_cls_pool.
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_projected(
-    const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
-    const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double scale, int64_t norm, double norm_eps, bool cyclic);
+struct ProjectedArguments {
+  const Tensor& x;
+  const Tensor& q;         // (batch or 1, queries, heads, key_dim), or (.., 1, dim) with q_weight
+  const Tensor& k_weight;  // (key_heads * key_dim, channels)
+  const Tensor& v_weight;  // (key_heads * value_dim, channels)
+  const OptionalTensor& q_weight;    // (heads * key_dim, dim)
+  const OptionalTensor& out_weight;  // (out_dim, heads * value_dim)
+  const OptionalTensor& key_mask;
+  const OptionalTensor& norm_weight;
+  const OptionalTensor& norm_bias;
+  int64_t heads;
+  bool cyclic;  // head h reads key head h % key_heads; else h / (heads / key_heads)
+};
 
-// dx, dq, gradients of k_weight, v_weight, norm_weight and norm_bias; of shape (0,) where not asked
-// for or given.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pool_projected_backward(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& x, const Tensor& q,
-    const Tensor& k_weight, const Tensor& v_weight, const Tensor& folded, const Tensor& pooled,
-    const Tensor& lse, const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
-    const OptionalTensor& norm_bias, double scale, int64_t norm, double norm_eps, bool cyclic,
-    bool need_x_grad, bool need_weight_grads);
+// out (batch, queries, heads, value_dim), or (.., 1, out_dim) with out_weight; then what the
+// backward wants: projected queries (of shape (0,) without q_weight), folded ones, pooled and lse
+// of late_cls_pool, and what out_weight was applied to (likewise).
+using Projected = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weight,
+                         const Tensor& v_weight, const OptionalTensor& q_weight,
+                         const OptionalTensor& out_weight, const OptionalTensor& key_mask,
+                         const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                         int64_t heads, bool cyclic, double scale, int64_t norm, double norm_eps);
+
+// dx, dq, gradients of k_weight, v_weight, q_weight, out_weight, norm_weight and norm_bias; of
+// shape (0,) where not asked for or given.
+using ProjectedGradients =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+ProjectedGradients pool_projected_backward(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& projected_q,
+    const Tensor& folded, const Tensor& pooled, const Tensor& lse, const Tensor& merged,
+    const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
+    const OptionalTensor& q_weight, const OptionalTensor& out_weight,
+    const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
+    const OptionalTensor& norm_bias, int64_t heads, bool cyclic, double scale, int64_t norm,
+    double norm_eps, bool need_x_grad, bool need_weight_grads);
 
 void define_pool_projected(torch::stable::detail::StableLibrary& m);
 void implement_pool_projected(torch::stable::detail::StableLibrary& m);

@@ -14,7 +14,10 @@ from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention
 
 from .._checks import check_count
+from .._layers import is_linear
+from ..pool_layer import pool_layer
 from ..pooling import pool_attention
+from ..projected import Weights
 from .absorbed import absorbed_reasons, is_plain, option_reasons
 from .attention import convert_attention
 from .encoder import attention_layers
@@ -165,18 +168,22 @@ class AttentionPool(XAttentionPool):
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         attention, attend = self.pooler, self.pooler.attend
-        pooled = pool_attention(
-            context,
-            attention.to_q(queries).unflatten(-1, (attention.heads, -1)),
-            attention.to_k.weight,
-            attention.to_v.weight,
-            key_mask=mask,
-            scale=attend.scale,
-            dropout_p=attend.dropout if attend.training else 0.0,
-            head_order="cyclic",
-            need_weights=need_weights,
-        )
-        out: Tensor = attention.to_out(pooled.out.flatten(2))
+        to_q, to_out = attention.to_q, attention.to_out
+        options: dict[str, Any] = {
+            "key_mask": mask,
+            "scale": attend.scale,
+            "dropout_p": attend.dropout if attend.training else 0.0,
+            "head_order": "cyclic",
+            "need_weights": need_weights,
+        }
+        if is_linear(to_q) and is_linear(to_out) and to_q.bias is None and to_out.bias is None:
+            weights = Weights(attention.to_k.weight, attention.to_v.weight, to_q.weight, to_out.weight)
+            pooled = pool_layer(context, queries, weights, heads=attention.heads, **options)
+            out = pooled.out
+        else:
+            q = to_q(queries).unflatten(-1, (attention.heads, -1))
+            pooled = pool_attention(context, q, attention.to_k.weight, attention.to_v.weight, **options)
+            out = to_out(pooled.out.flatten(2))
         dropout = getattr(attention, "sublayer_dropout", None)
         return out if dropout is None else dropout(out), pooled.weights
 
