@@ -83,8 +83,9 @@ def test_tokens(N, C, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_too_large_for_caches(dtype):
-    """Large enough, and aligned, to be stored past the caches."""
-    check_pool_backward(model_case(1, 4201 * 4 // dtype.itemsize, 512, dtype, heads=3, queries=1))
+    """Large enough, and aligned, to be stored past the caches. Few of the tokens have nearly all of the weight."""
+    case = model_case(1, 4201 * 4 // dtype.itemsize, 512, dtype, heads=3, queries=1)
+    check_pool_backward(replace(case, scale=4 * case.scale))
 
 
 @pytest.mark.parametrize("shared", [False, True])
