@@ -222,6 +222,21 @@ X_ROPE_CLS_INLINE S* token_at(const Tensor3& t, int64_t b, int64_t n) {
   return static_cast<S*>(t.data) + b * t.stride_b + n * t.stride_n;
 }
 
+// Of blocks, all but the first of a range are fetched while their predecessors are summed up: all
+// of that one is asked for at once.
+template <typename S>
+X_ROPE_CLS_INLINE TokenBlock<S> block_in_place(const PoolPlan& plan, const TokenRange& range,
+                                               int64_t first, int64_t count) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  const PoolParams& p = *plan.p;
+  const S* from = token_at<const S>(p.x, range.b, range.token(first));
+  for (int64_t i = 0; first == range.first && i < count; ++i) {
+    const S* row = from + i * p.x.stride_n;
+    for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(row + c, 0, 2);
+  }
+  return {from, p.x.stride_n, count};
+}
+
 // Tokens [first, first + count) of the range, where they are or as dense rows in `buffer`
 // (block * width), normalised if wanted; `moments` (block) is filled then.
 template <typename S>
@@ -234,7 +249,7 @@ TokenBlock<Compute<S>> read_block(const PoolPlan& plan, const TokenRange& range,
   const bool together = range.token(first + count - 1) - start == count - 1;
   if constexpr (__is_same(S, T)) {
     if (plan.in_place && together) {
-      return {token_at<const T>(p.x, range.b, start), p.x.stride_n, count};
+      return block_in_place<T>(plan, range, first, count);
     }
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -261,7 +276,7 @@ TokenBlock<S> read_block_raw(const PoolPlan& plan, const TokenRange& range, int6
   const PoolParams& p = *plan.p;
   const int64_t start = range.token(first);
   if (range.token(first + count - 1) - start == count - 1) {
-    return {token_at<const S>(p.x, range.b, start), p.x.stride_n, count};
+    return block_in_place<S>(plan, range, first, count);
   }
   for (int64_t i = 0; i < count; ++i) {
     const S* from = token_at<const S>(p.x, range.b, range.token(first + i));
