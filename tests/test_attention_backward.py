@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import call_operator, check_backward, forward_backward, output_weights
 from strategies import DTYPES, LAYOUTS, MODES, Generator, attention_cases, examples, lay_out
-from test_attention_forward import model_case, of_size
+from test_attention_forward import model_case, of_size, with_special_tokens
 
 from x_rope_cls import LearnedRotaryEmbedding, Rotary, reference, rope_attention
 
@@ -32,6 +32,13 @@ def test_one_output_alone(case, use_out):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_blocks(N, M, cls_rope, dtype):
     check_backward(model_case(N, M, cls_rope, dtype, rotate="scattered"))
+
+
+@pytest.mark.parametrize("N", [128, 129, 145, 161])
+@pytest.mark.parametrize("special", [1, 8, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_special_tokens_at_the_border_of_a_block(dtype, special, N):
+    check_backward(with_special_tokens(special, N, dtype))
 
 
 @pytest.mark.parametrize("rotate", ["front", "end", "per_batch"])

@@ -184,6 +184,24 @@ def test_many_heads_and_batches():
     check_forward(AttentionCase(q, k, v, rotary, rotary, "mask", None, None, 0.25, 0.0, 0))
 
 
+def with_special_tokens(special: int, N: int, dtype: torch.dtype) -> AttentionCase:
+    """Mode mask, special tokens in front, two query heads for one key head."""
+    generator = Generator(13)
+    q, k, v = (generator.normal(1, h, N, 16, dtype=dtype) for h in (2, 1, 1))
+    table = RotaryEmbedding(8)(N, torch.arange(N) >= special)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    rotary = Rotary(table.cos.to(compute), table.sin.to(compute), table.rotate, table.interleaved)
+    return AttentionCase(q, k, v, rotary, rotary, "mask", None, None, 0.25, 0.0, 0)
+
+
+@pytest.mark.parametrize("N", [511, 512, 513, 527, 545])
+@pytest.mark.parametrize("special", [1, 4, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_special_tokens_at_the_border_of_a_block(dtype, special, N):
+    """Few rows without a position, and keys that fit into a vector, take ways of their own."""
+    check_forward(with_special_tokens(special, N, dtype))
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 300), (2, 2, 150), (3, 5, 20)])
 def test_result_does_not_depend_on_the_number_of_threads(isa, threads, sizes):
     case = of_size(*sizes)
