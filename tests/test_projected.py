@@ -13,6 +13,8 @@ from pooling_cases import PoolCase, call, plain, pool_cases
 from strategies import DTYPES, Generator, examples
 from tolerance import CHAIN, GRADIENT_SLACK, SLACK, assert_close
 from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from x_rope_cls import _C, projected
 from x_rope_cls.pool_layer import pool_layer
@@ -204,6 +206,36 @@ def test_where_it_does_not_serve():
     served = []
     torch.func.vmap(lambda x: served.append(projected.serves(x, case.q, weights, 2)) or x)(case.x[None])
     assert served == [False]
+
+
+class _Watcher(TorchDispatchMode):
+    """Notes the operators of this package that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "x_rope_cls":
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_operators_sees_the_public_ones():
+    case = make(torch.float32)
+    expected = in_one_call(case).out
+    with _Watcher() as watcher:
+        found = call(case, form="absorbed", need_weights=False).out
+    assert watcher.seen == ["x_rope_cls::late_cls_pool"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_fake_tensors():
+    case = make(torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = call(case, form="absorbed", need_weights=False).out
+    assert isinstance(out, FakeTensor)
+    assert out.shape == in_one_call(case).out.shape
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,8 @@ def serves(x: Tensor, q: Tensor, weights: Weights, rows: int) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
+    if torch._C._len_torch_dispatch_stack() > 0:  # somebody watches or replaces the public operators
+        return False
     return x.dtype in _DTYPES and rows <= _MOST_ROWS and _all_plain(x.dtype, (x, q, *weights))
 
 
