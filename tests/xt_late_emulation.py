@@ -184,10 +184,14 @@ class _Run:
             previous = None if previous is None else previous[..., : self.num_cls, :]
             out, inter = block(x[:, : self.num_cls], mask=None, prev_attn=previous, **shared)
             out = torch.cat((out, torch.zeros_like(x[:, self.num_cls :])), dim=1)
+            scores = inter.pre_softmax_attn  # with rows of tokens again, as the number of rows tells who is in
+            if scores is not None:
+                scores = nn.functional.pad(scores, (0, 0, 0, self.tokens))
         else:
             with self.shifted_tokens(late):
                 out, inter = block(x, mask=mask, prev_attn=previous, **shared)
-        self.keep(inter, "c", inter.pre_softmax_attn)
+            scores = inter.pre_softmax_attn
+        self.keep(inter, "c", scores)
         return out
 
     def keep(self, inter: Any, kind: str, scores: Any) -> None:
