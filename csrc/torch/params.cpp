@@ -2,6 +2,8 @@
 
 #include <optional>
 
+#include "backend.h"
+
 namespace x_rope_cls::ops {
 
 using torch::headeronly::ScalarType;
@@ -61,7 +63,8 @@ Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTyp
 
 Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
                           int64_t channels) {
-  Tensor t = empty_of(like, {batch, tokens, heads, channels}, like.scalar_type());
+  const Tensor t = empty_of(like, {batch, tokens, heads, channels}, like.scalar_type());
+  prepare_output(t);
   return torch::stable::transpose(t, 1, 2);
 }
 

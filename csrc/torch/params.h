@@ -20,7 +20,7 @@ Tensor4 view_of(const Tensor& t);
 RotaryTable table_of(const Tensor& cos, const Tensor& sin, const OptionalTensor& rotate);
 
 // An empty (batch, heads, tokens, channels) tensor in (batch, tokens, heads, channels) memory
-// order, so that merging the heads is a view.
+// order, so that merging the heads is a view; for a kernel to fill.
 Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,
                           int64_t channels);
 

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kBlock = 64;                // tokens a task
 constexpr double kElementsPerWorker = 32768;  // fewer are not worth another thread
 constexpr int64_t kMostPairs = 256;           // that are rotated together; longer rows go in parts
-constexpr int64_t kMostGroup = 4;             // tokens whose tables are laid out together
+constexpr int64_t kMostGroup = 4;             // tokens that are rotated head by head
+constexpr int64_t kPieceBytes = 512;          // of one head, read at a time where tokens lie inside
 constexpr int64_t kTableRoom = 4 * kMostPairs + int64_t{4} * kLanes<float>;
 
 template <typename S>
@@ -71,8 +72,19 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
   }
 }
 
+// Tokens that are rotated together, head by head. Memory is read as it lies: where heads are inside
+// tokens, one token after the other. Otherwise from all heads by turns, in pieces so short that all
+// of them stay known to the prefetcher: it lost them at twice and more the bytes, and at less than
+// half a piece is too short.
+template <typename S>
+X_ROPE_CLS_INLINE int64_t group_of(const RopeParams& p) {
+  if (p.x.stride_h <= p.x.stride_n) return 1;
+  const int64_t bytes = max_of<int64_t>(p.head_dim, 1) * static_cast<int64_t>(sizeof(S));
+  return min_of(max_of<int64_t>(kPieceBytes / bytes, 1), kMostGroup);
+}
+
 // Tokens [first, last) of batch b, all heads. Heads are inside, so that a table row is laid out
-// once for all that share it, and so that what is written lies together.
+// once for all that share it.
 template <typename S, PairLayout kLayout, bool kDense, bool kStream>
 void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
   using T = Compute<S>;
@@ -80,8 +92,9 @@ void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
   const RotaryTable& t = p.table;
   const bool by_head = t.cos_stride_h != 0 || t.sin_stride_h != 0;
   const T sign = p.inverse ? T{-1} : T{1};
-  for (int64_t start = first; start < last; start += kMostGroup) {
-    const int64_t tokens = min_of(kMostGroup, last - start);
+  const int64_t group = group_of<S>(p);
+  for (int64_t start = first; start < last; start += group) {
+    const int64_t tokens = min_of(group, last - start);
     for (int64_t pair = 0; pair < p.pairs; pair += kMostPairs) {
       const int64_t count = min_of(kMostPairs, p.pairs - pair);
       const int64_t size = 2 * table_span<T>(kLayout, count);

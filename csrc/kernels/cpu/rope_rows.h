@@ -57,8 +57,8 @@ constexpr int64_t table_span(PairLayout layout, int64_t pairs) {
 
 // to: 2 * span elements, cos and then sin, zeros behind. sign: -1 turns the other way.
 template <typename T>
-X_ROPE_CLS_INLINE void lay_out_table(PairLayout layout, TableRow<T> from, int64_t cos_stride,
-                                     int64_t sin_stride, int64_t pairs, T sign, T* to) {
+X_ROPE_CLS_INLINE void lay_out_strided(PairLayout layout, TableRow<T> from, int64_t cos_stride,
+                                       int64_t sin_stride, int64_t pairs, T sign, T* to) {
   const int64_t span = table_span<T>(layout, pairs);
   T* const cos = to;
   T* const sin = to + span;
@@ -78,6 +78,16 @@ X_ROPE_CLS_INLINE void lay_out_table(PairLayout layout, TableRow<T> from, int64_
     }
   }
   for (int64_t i = end; i < span; ++i) cos[i] = sin[i] = T{0};
+}
+// The same; in vectors where both rows are dense, as most are.
+template <typename T>
+X_ROPE_CLS_INLINE void lay_out_table(PairLayout layout, TableRow<T> from, int64_t cos_stride,
+                                     int64_t sin_stride, int64_t pairs, T sign, T* to) {
+  if (cos_stride == 1 && sin_stride == 1) {
+    lay_out_strided<T>(layout, from, 1, 1, pairs, sign, to);
+  } else {
+    lay_out_strided<T>(layout, from, cos_stride, sin_stride, pairs, sign, to);
+  }
 }
 
 // -------------------------------------------------------------------------------------------------
