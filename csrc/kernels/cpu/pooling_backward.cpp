@@ -266,50 +266,50 @@ void clear_masked(const PoolPlan& plan, const PoolBackwardParams& g, const Token
   }
 }
 
+// Returns whether the first block of `after` has been fetched.
 template <typename S>
-void pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b, int64_t chunk,
-                     const PoolGradScratch<S>& s, Compute<S>* sums) {
-  const TokenRange range = range_of(plan, b, chunk);
+bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const TokenRange& range,
+                     const TokenRange& after, const PoolGradScratch<S>& s, Compute<S>* sums) {
   const bool tokens_too = g.dx.data != nullptr || g.dweight != nullptr || g.dbias != nullptr;
-  prepare_rows<S>(plan, g, b, s);
+  prepare_rows<S>(plan, g, range.b, s);
+  int64_t ahead = 0;
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
         const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
-        pool_score_grads(plan, g, b, count, s);
+        pool_score_grads(plan, g, range.b, count, s);
         if (tokens_too) token_grads<S, Operand<S>>(plan, g, range, i, count, s, sums);
-        sum_dots(plan, x, s.scores, distance_to_next<S>(plan, range, i + count, x), s.dots, sums);
+        ahead = distance_to_next<S>(plan, range, i + count, after, x);
+        sum_dots(plan, x, s.scores, ahead, s.dots, sums);
         continue;
       }
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
-    pool_score_grads(plan, g, b, count, s);
+    pool_score_grads(plan, g, range.b, count, s);
     if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
-    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width,
-             distance_to_next<S>(plan, range, i + count, x), sums, plan.width);
+    ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums, plan.width);
   }
-  take_out_excess<S>(plan, b, s, sums);
-  clear_masked<S>(plan, g, range, chunk);
+  take_out_excess<S>(plan, range.b, s, sums);
+  return ahead != 0;
 }
 
+// Tasks [first, last).
 template <typename S>
-void pool_grad_task(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task,
-                    int64_t worker) {
+void pool_grad_tasks(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t first,
+                     int64_t last, const PoolGradScratch<S>& s) {
   using T = Compute<S>;
   const PoolPlan& plan = m.plan;
   const int64_t size = (plan.rows + 2) * plan.width;
-  T* sums = m.sums + task * size;
-  for (int64_t i = 0; i < size; ++i) sums[i] = T{0};
-  if (plan.chunks > 1) {
-    pool_grad_range<S>(plan, g, task / plan.chunks, task % plan.chunks, m.scratch[worker], sums);
-    if (plan.stream_grads) finish_streams();
-    return;
-  }
-  for (int64_t b = task * plan.group; b < min_of(plan.p->batch, (task + 1) * plan.group); ++b) {
-    pool_grad_range<S>(plan, g, b, 0, m.scratch[worker], sums);
-  }
+  for (int64_t i = first * size; i < last * size; ++i) m.sums[i] = T{0};
+  for_each_range(plan, first, last, [&](int64_t i, const auto& range, const auto& after) {
+    T* sums = m.sums + i / plan.group * size;  // one group a task, or one part
+    const bool fetched = pool_grad_range<S>(plan, g, range, after, s, sums);
+    clear_masked<S>(plan, g, range, i % plan.chunks);
+    return fetched;
+  });
   if (plan.stream_grads) finish_streams();
 }
 
@@ -354,8 +354,10 @@ void pool_backward_typed(const PoolBackwardParams& g, const Parallel& parallel, 
   Arena arena{static_cast<char*>(workspace), 0};
   const auto m = take_pool_grad_memory<S>(g, parallel.workers, arena);
   fill_kept(m.plan);
-  run_tasks(parallel, m.plan.workers, m.plan.tasks,
-            [&](int64_t task, int64_t worker) { pool_grad_task<S>(m, g, task, worker); });
+  run_in_runs(parallel, m.plan.workers, m.plan.tasks,
+              [&](int64_t first, int64_t last, int64_t worker) {
+                pool_grad_tasks<S>(m, g, first, last, m.scratch[worker]);
+              });
   run_tasks(parallel, m.plan.workers, p.query_batch * m.plan.rows + 2,
             [&](int64_t task, int64_t) { finish_row<S>(m, g, task); });
 }

@@ -94,6 +94,7 @@ struct TokenRange {
   const int32_t* kept;  // null: token i is token i
   int64_t count;        // tokens of the batch that count
   int64_t first, last;
+  bool fetched;  // the first block has been asked for already
 
   int64_t token(int64_t i) const { return kept == nullptr ? i : kept[i]; }
 };
@@ -222,15 +223,15 @@ X_ROPE_CLS_INLINE S* token_at(const Tensor3& t, int64_t b, int64_t n) {
   return static_cast<S*>(t.data) + b * t.stride_b + n * t.stride_n;
 }
 
-// Of blocks, all but the first of a range are fetched while their predecessors are summed up: all
-// of that one is asked for at once.
+// Blocks are fetched while their predecessors are summed up. Of one without, all is asked for at
+// once.
 template <typename S>
 X_ROPE_CLS_INLINE TokenBlock<S> block_in_place(const PoolPlan& plan, const TokenRange& range,
                                                int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
   const PoolParams& p = *plan.p;
   const S* from = token_at<const S>(p.x, range.b, range.token(first));
-  for (int64_t i = 0; first == range.first && i < count; ++i) {
+  for (int64_t i = 0; first == range.first && !range.fetched && i < count; ++i) {
     const S* row = from + i * p.x.stride_n;
     for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(row + c, 0, 2);
   }
@@ -286,17 +287,40 @@ TokenBlock<S> read_block_raw(const PoolPlan& plan, const TokenRange& range, int6
 }
 
 // Distance from a block to where its successor lies, for fetching that ahead; 0 where there is none
-// or rows are not equally far apart. `next`: the block's end in the range.
+// or rows are not equally far apart. `next`: the block's end in the range; `after`: the range that
+// the same worker reads next, perhaps an empty one.
 template <typename S, typename B>
 X_ROPE_CLS_INLINE int64_t distance_to_next(const PoolPlan& plan, const TokenRange& range,
-                                           int64_t next, const TokenBlock<B>& x) {
+                                           int64_t next, const TokenRange& after,
+                                           const TokenBlock<B>& x) {
   const PoolParams& p = *plan.p;
   if constexpr (__is_same(S, B)) {
-    if (next + x.tokens > range.last || p.x.stride_n != x.stride || p.x.stride_c != 1) return 0;
-    const auto to = reinterpret_cast<intptr_t>(token_at<const S>(p.x, range.b, range.token(next)));
+    const bool ends = next >= range.last;
+    const TokenRange& of = ends ? after : range;
+    const int64_t first = ends ? after.first : next;
+    if (first + x.tokens > of.last || p.x.stride_n != x.stride || p.x.stride_c != 1) return 0;
+    const auto to = reinterpret_cast<intptr_t>(token_at<const S>(p.x, of.b, of.token(first)));
     return (to - reinterpret_cast<intptr_t>(x.data)) / static_cast<intptr_t>(sizeof(S));
   }
   return 0;
+}
+
+// f(range, after) for every part of tasks [first, last) in order, and the part that follows it.
+// f returns whether it has fetched the first block of that.
+template <typename F>
+X_ROPE_CLS_INLINE void for_each_range(const PoolPlan& plan, int64_t first, int64_t last, F&& f) {
+  const int64_t begin = first * (plan.chunks > 1 ? 1 : plan.group);
+  const int64_t parts = plan.p->batch * plan.chunks;
+  const int64_t end = min_of(last * (plan.chunks > 1 ? 1 : plan.group), parts);
+  const auto part = [&](int64_t i) {
+    return i < end ? range_of(plan, i / plan.chunks, i % plan.chunks) : TokenRange{};
+  };
+  TokenRange range = part(begin);
+  for (int64_t i = begin; i < end; ++i) {
+    TokenRange after = part(i + 1);
+    after.fetched = f(i, range, after);
+    range = after;
+  }
 }
 
 // Whether tokens may have to be copied.

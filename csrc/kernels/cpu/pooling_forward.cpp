@@ -67,9 +67,10 @@ void soften_pool(const PoolPlan& plan, int64_t tokens, T* scores, const PartialS
   }
 }
 
+// Returns whether the first block of `after` has been fetched.
 template <typename S>
-void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compute<S>>& s,
-                const PartialSums<Compute<S>>& sums) {
+bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange& after,
+                PoolScratch<Compute<S>>& s, const PartialSums<Compute<S>>& sums) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
   const int64_t wanted = p.query.stride_b == 0 ? 0 : range.b;
@@ -83,13 +84,14 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
     s.query_batch = wanted;
   }
   clear_sums(sums, plan.rows, plan.width);
+  int64_t ahead = 0;
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
         const auto x = score_dots(plan, range, i, count, plan.rows, s.dots, s.scores);
         soften_pool(plan, count, s.scores, sums);
-        const int64_t ahead = distance_to_next<S>(plan, range, i + count, x);
+        ahead = distance_to_next<S>(plan, range, i + count, after, x);
         sum_dots(plan, x, s.scores, ahead, s.dots, sums.out);
         continue;
       }
@@ -97,9 +99,10 @@ void pool_range(const PoolPlan& plan, const TokenRange& range, PoolScratch<Compu
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     dot_rows(s.query, plan.width, plan.rows, x, plan.width, s.scores, plan.columns);
     soften_pool(plan, count, s.scores, sums);
-    const int64_t ahead = distance_to_next<S>(plan, range, i + count, x);
+    ahead = distance_to_next<S>(plan, range, i + count, after, x);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
+  return ahead != 0;
 }
 
 // Row 0 of the sums to the outputs of row r of batch b.
@@ -114,29 +117,28 @@ void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r,
   store_row<S>(sums.out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
 }
 
+// Part i of all tokens. Returns what pool_range does.
 template <typename S>
-void pool_task(const PoolMemory<Compute<S>>& m, int64_t task, int64_t worker) {
+bool pool_part(const PoolMemory<Compute<S>>& m, int64_t i, const TokenRange& range,
+               const TokenRange& after, PoolScratch<Compute<S>>& s) {
   const PoolPlan& plan = m.plan;
-  PoolScratch<Compute<S>>& s = m.scratch[worker];
+  const int64_t b = range.b;
   if (plan.chunks == 1) {
-    for (int64_t b = task * plan.group; b < min_of(plan.p->batch, (task + 1) * plan.group); ++b) {
-      pool_range<S>(plan, range_of(plan, b, 0), s, s.sums);
-      for (int64_t r = 0; r < plan.rows; ++r) {
-        store_pool_row<S>(plan, b, r, sums_from(s.sums, r, plan.width));
-      }
+    const bool fetched = pool_range<S>(plan, range, after, s, s.sums);
+    for (int64_t r = 0; r < plan.rows; ++r) {
+      store_pool_row<S>(plan, b, r, sums_from(s.sums, r, plan.width));
     }
-    return;
+    return fetched;
   }
-  const int64_t b = task / plan.chunks;
-  const int64_t row = task * plan.rows;
-  pool_range<S>(plan, range_of(plan, b, task % plan.chunks), s,
-                sums_from(m.parts, row, plan.width));
-  if (add(m.done[b], 1) + 1 < plan.chunks) return;
+  const auto sums = sums_from(m.parts, i * plan.rows, plan.width);
+  const bool fetched = pool_range<S>(plan, range, after, s, sums);
+  if (add(m.done[b], 1) + 1 < plan.chunks) return fetched;
   for (int64_t r = 0; r < plan.rows; ++r) {  // the last part is done
     merge_sums(sums_from(m.parts, b * plan.chunks * plan.rows + r, plan.width), plan.rows,
                plan.chunks, plan.width, s.sums);
     store_pool_row<S>(plan, b, r, s.sums);
   }
+  return fetched;
 }
 
 template <typename S>
@@ -145,8 +147,12 @@ void pool_forward_typed(const PoolParams& p, const Parallel& parallel, void* wor
   const auto m = take_pool_memory<S>(p, parallel.workers, arena);
   fill_kept(m.plan);
   for (int64_t b = 0; m.plan.chunks > 1 && b < p.batch; ++b) m.done[b].value = 0;
-  run_tasks(parallel, m.plan.workers, m.plan.tasks,
-            [&](int64_t task, int64_t worker) { pool_task<S>(m, task, worker); });
+  run_in_runs(parallel, m.plan.workers, m.plan.tasks,
+              [&](int64_t first, int64_t last, int64_t worker) {
+                for_each_range(m.plan, first, last, [&](int64_t i, const auto&... ranges) {
+                  return pool_part<S>(m, i, ranges..., m.scratch[worker]);
+                });
+              });
 }
 
 }  // namespace

@@ -59,6 +59,37 @@ X_ROPE_CLS_INLINE void run_tasks(const Parallel& parallel, int64_t workers, int6
   parallel.run(parallel.context, min_of(workers, tasks), &TaskLoop<F>::run, &loop);
 }
 
+template <typename F>
+struct RunLoop {
+  const F* body;
+  Counter next;
+  int64_t tasks, workers;
+  static void run(void* self, int64_t worker) {
+    auto& loop = *static_cast<RunLoop*>(self);
+    int64_t first = __atomic_load_n(&loop.next.value, __ATOMIC_ACQUIRE);
+    while (first < loop.tasks) {
+      const int64_t last = first + ceil_div(loop.tasks - first, 2 * loop.workers);
+      if (__atomic_compare_exchange_n(&loop.next.value, &first, last, /*weak=*/false,
+                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        (*loop.body)(first, last, worker);
+        first = __atomic_load_n(&loop.next.value, __ATOMIC_ACQUIRE);
+      }
+    }
+  }
+};
+
+// body(first, last, worker) for runs of tasks that one worker does one after the other: long ones
+// while there is much left, single ones at the end.
+template <typename F>
+X_ROPE_CLS_INLINE void run_in_runs(const Parallel& parallel, int64_t workers, int64_t tasks,
+                                   const F& body) {
+  if (tasks <= 0) return;
+  if (workers <= 1 || tasks == 1) return body(0, tasks, 0);
+  const int64_t used = min_of(workers, tasks);
+  RunLoop<F> loop{&body, {0}, tasks, used};
+  parallel.run(parallel.context, used, &RunLoop<F>::run, &loop);
+}
+
 // Workers worth waking for so much work: a thread costs about as much as `least` units of it.
 X_ROPE_CLS_INLINE int64_t useful_workers(int64_t workers, double work, double least) {
   const double useful = work / least;
