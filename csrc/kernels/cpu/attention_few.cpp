@@ -160,7 +160,7 @@ void score_few(const FewPlan& plan, const FewUnit& u, const int32_t* index, int6
                         plan.keys_in_place, rotated, buffer, s.table);
   };
   const auto score = [&](const T* query, int64_t first, int64_t last, const TokenBlock<T>& keys) {
-    dot_rows(query + first * plan.key_width, plan.key_width, last - first, keys, plan.key_width,
+    dot_rows(query + first * plan.key_width, plan.key_width, last - first, keys, plan.key_width, 0,
              s.scores + first * plan.columns, plan.columns);
   };
   const int64_t apart = sets_apart(p) ? u.ordinary_rows : plan.rows;

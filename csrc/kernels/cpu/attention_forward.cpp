@@ -197,7 +197,7 @@ void score_apart(const ForwardPlan<Operand<S>>& plan, const Columns& columns, co
       const auto keys =
           read_rows<S>(p, p.k, block.b, h, index + i, min_of(kFewApartKeys, count - i), p.head_dim,
                        plan.key_width, plan.keys_in_place, false, s.keys, s.table);
-      dot_rows(s.apart, plan.key_width, block.rows, keys, plan.key_width, s.scores + at + i,
+      dot_rows(s.apart, plan.key_width, block.rows, keys, plan.key_width, 0, s.scores + at + i,
                plan.score_stride);
     }
   });

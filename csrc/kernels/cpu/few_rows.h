@@ -74,11 +74,16 @@ X_ROPE_CLS_INLINE void store_sums(const Vec<T> (&v)[kDotTokens], T* to) {
   }
 }
 
-// The same channels of the tokens `ahead` elements further on are fetched into L1 meanwhile.
-template <typename T, int kRows, bool kAhead>
+// What is fetched while inner products of tokens are taken.
+struct Fetch {
+  int64_t near;  // distance to the same channels of the next tokens, into L1; 0: none
+  int64_t far;   // of the first and third of them in the next block, into L2; 0: none
+};
+
+template <typename T, int kRows, bool kNear, bool kFar>
 static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, const T* x0,
                                                const T* x1, const T* x2, const T* x3,
-                                               int64_t channels, int64_t ahead, T* out,
+                                               int64_t channels, Fetch fetch, T* out,
                                                int64_t out_stride) {
   Vec<T> acc[kRows][kDotTokens] = {};
   for (int64_t c = 0; c < channels; c += kLanes<T>) {
@@ -89,7 +94,8 @@ static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, con
     X_ROPE_CLS_UNROLL
     for (int j = 0; j < kDotTokens; ++j) {
       const Vec<T> right = load<T>(from[j] + c);
-      if constexpr (kAhead) __builtin_prefetch(from[j] + ahead + c, 0, 3);
+      if constexpr (kNear) __builtin_prefetch(from[j] + fetch.near + c, 0, 3);
+      if (kFar && j % 2 == 0) __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] += left[r] * right;
     }
@@ -114,17 +120,19 @@ struct DotTile {
   const S* x[kDotTokens];
   T* out;
   int64_t rows;
-  bool first;  // of the rows that meet these tokens, with more tokens to come
+  Fetch fetch;
 };
 
-// f(tile) for every tile of rows and kDotTokens tokens; behind the last token it is repeated.
+// f(tile) for every tile of rows and kDotTokens tokens; behind the last token it is repeated. The
+// first rows that meet tokens fetch those that follow, the second ones those of the next block.
 template <typename S, typename T, typename F>
 X_ROPE_CLS_INLINE void for_each_dot_tile(const S* a, int64_t a_stride, int64_t rows,
-                                         const TokenBlock<S>& x, T* out, int64_t out_stride,
-                                         F&& f) {
+                                         const TokenBlock<S>& x, int64_t next, T* out,
+                                         int64_t out_stride, F&& f) {
   constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
   for (int64_t start = 0; start < rows; start += kTogether) {
     const int64_t end = min_of(rows, start + kTogether);
+    const int64_t second = start + dot_rows_next(end - start);
     for (int64_t n = 0; n < x.tokens; n += kDotTokens) {
       DotTile<S, T> tile{};
       for (int j = 0; j < kDotTokens; ++j) {
@@ -134,14 +142,15 @@ X_ROPE_CLS_INLINE void for_each_dot_tile(const S* a, int64_t a_stride, int64_t r
         tile.a = a + r * a_stride;
         tile.out = out + r * out_stride + n;
         tile.rows = dot_rows_next(end - r);
-        tile.first = r == start && n + 2 * kDotTokens <= x.tokens;
+        if (r == start && n + 2 * kDotTokens <= x.tokens) tile.fetch.near = kDotTokens * x.stride;
+        if (start == 0 && r == (second < end ? second : start)) tile.fetch.far = next;
         f(tile);
       }
     }
   }
 }
 
-// Calls f with the number of rows of a tile as a constant.
+// Calls f with the number of rows of a tile, and with what it fetches, as constants.
 template <typename F>
 X_ROPE_CLS_INLINE void with_dot_rows(int64_t rows, F&& f) {
   if constexpr (kManyRegisters) {
@@ -152,18 +161,28 @@ X_ROPE_CLS_INLINE void with_dot_rows(int64_t rows, F&& f) {
   if (rows == 2) return f(std::integral_constant<int, 2>{});
   f(std::integral_constant<int, 1>{});
 }
+template <typename F>
+X_ROPE_CLS_INLINE void with_dot_tile(int64_t rows, const Fetch& fetch, F&& f) {
+  with_dot_rows(rows, [&](auto count) {
+    if (fetch.near != 0) {
+      if (fetch.far != 0) return f(count, std::true_type{}, std::true_type{});
+      return f(count, std::true_type{}, std::false_type{});
+    }
+    if (fetch.far != 0) return f(count, std::false_type{}, std::true_type{});
+    f(count, std::false_type{}, std::false_type{});
+  });
+}
 
 // out[r * out_stride + n] = <a_r, x_n>, columns up to the next multiple of kDotTokens are written.
-// channels: a multiple of the lanes.
+// channels: a multiple of the lanes. `next`: distance in elements to the tokens that will be read
+// next, of which every other is fetched into the cache meanwhile; 0: none.
 template <typename T>
 void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
-              T* out, int64_t out_stride) {
-  const int64_t ahead = kDotTokens * x.stride;
-  for_each_dot_tile(a, a_stride, rows, x, out, out_stride, [&](const DotTile<T, T>& t) {
-    with_dot_rows(t.rows, [&](auto count) {
-      constexpr int kRows = decltype(count)::value;
-      const auto tile = t.first ? dot_tile<T, kRows, true> : dot_tile<T, kRows, false>;
-      tile(t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, ahead, t.out, out_stride);
+              int64_t next, T* out, int64_t out_stride) {
+  for_each_dot_tile(a, a_stride, rows, x, next, out, out_stride, [&](const DotTile<T, T>& t) {
+    with_dot_tile(t.rows, t.fetch, [&](auto count, auto near, auto far) {
+      dot_tile<T, decltype(count)::value, decltype(near)::value, decltype(far)::value>(
+          t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, t.fetch, t.out, out_stride);
     });
   });
 }
@@ -171,7 +190,8 @@ void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x
 // -------------------------------------------------------------------------------------------------
 // Weighted sums.
 
-// acc[r][v] += sum over n of w(r, n) x(n, v); the same panel of the tokens to come is prefetched.
+// acc[r][v] += sum over n of w(r, n) x(n, v). Of the tokens to come the same panel is fetched, of
+// every other one: dot_rows has fetched the others, so that memory is kept busy all the time.
 template <typename T, int kRows, int kVectors, bool kAhead>
 static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, const T* x,
                                                int64_t x_stride, int64_t tokens, int64_t ahead,
@@ -187,7 +207,7 @@ static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, con
     Vec<T> right[kVectors];
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load<T>(x + v * kLanes<T>);
-    if constexpr (kAhead) {
+    if (kAhead && n % 2 != 0) {
       constexpr int kLine = 64 / static_cast<int>(sizeof(T));
       X_ROPE_CLS_UNROLL
       for (int c = 0; c < kVectors * kLanes<T>; c += kLine) {
@@ -236,8 +256,7 @@ X_ROPE_CLS_INLINE void sum_row_tile(const T* w, int64_t w_stride, const TokenBlo
 }
 
 // out[r * out_stride + c] += sum over n of w[r * w_stride + n] x_n[c]. channels: a multiple of the
-// lanes. `ahead`: distance in elements to the tokens that will be read next, which are fetched into
-// the cache meanwhile; 0: none.
+// lanes. `ahead`: as `next` of dot_rows, which has been told the same.
 template <typename T>
 void sum_rows(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
               int64_t ahead, T* out, int64_t out_stride) {

@@ -21,11 +21,11 @@ X_ROPE_CLS_INLINE __m512 add_dots(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
-template <int kRows, bool kAhead>
+template <int kRows, bool kNear, bool kFar>
 static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a_stride,
                                                     const BFloat16* x0, const BFloat16* x1,
                                                     const BFloat16* x2, const BFloat16* x3,
-                                                    int64_t channels, int64_t ahead, float* out,
+                                                    int64_t channels, Fetch fetch, float* out,
                                                     int64_t out_stride) {
   __m512 acc[kRows][kDotTokens];
   X_ROPE_CLS_UNROLL
@@ -41,7 +41,8 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
     X_ROPE_CLS_UNROLL
     for (int j = 0; j < kDotTokens; ++j) {
       const __m512i right = load_bits(from[j] + c);
-      if constexpr (kAhead) __builtin_prefetch(from[j] + ahead + c, 0, 3);
+      if constexpr (kNear) __builtin_prefetch(from[j] + fetch.near + c, 0, 3);
+      if (kFar && j % 2 == 0) __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] = add_dots(acc[r][j], left[r], right);
     }
@@ -57,16 +58,15 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
 
 // As dot_rows. channels: a multiple of kDotChannels.
 static inline void dot_rows(const BFloat16* a, int64_t a_stride, int64_t rows,
-                            const TokenBlock<BFloat16>& x, int64_t channels, float* out,
-                            int64_t out_stride) {
-  const int64_t ahead = kDotTokens * x.stride;
-  for_each_dot_tile(a, a_stride, rows, x, out, out_stride, [&](const DotTile<BFloat16, float>& t) {
-    with_dot_rows(t.rows, [&](auto count) {
-      constexpr int kRows = decltype(count)::value;
-      const auto tile = t.first ? dot_tile_bf16<kRows, true> : dot_tile_bf16<kRows, false>;
-      tile(t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, ahead, t.out, out_stride);
-    });
-  });
+                            const TokenBlock<BFloat16>& x, int64_t channels, int64_t next,
+                            float* out, int64_t out_stride) {
+  for_each_dot_tile(
+      a, a_stride, rows, x, next, out, out_stride, [&](const DotTile<BFloat16, float>& t) {
+        with_dot_tile(t.rows, t.fetch, [&](auto count, auto near, auto far) {
+          dot_tile_bf16<decltype(count)::value, decltype(near)::value, decltype(far)::value>(
+              t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, t.fetch, t.out, out_stride);
+        });
+      });
 }
 
 // acc[r][2 i], acc[r][2 i + 1] += channels 32 i ... of w(r, n) x_n + w(r, n + 1) x_(n + 1), for all
@@ -92,10 +92,7 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
       const __m512i b = load_bits(odd + kDotChannels * i);
       right[2 * i] = _mm512_unpacklo_epi16(a, b);
       right[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
-      if constexpr (kAhead) {
-        __builtin_prefetch(even + ahead + kDotChannels * i, 0, 2);
-        __builtin_prefetch(odd + ahead + kDotChannels * i, 0, 2);
-      }
+      if constexpr (kAhead) __builtin_prefetch(odd + ahead + kDotChannels * i, 0, 2);
     }
     X_ROPE_CLS_UNROLL
     for (int r = 0; r < kRows; ++r) {

@@ -277,7 +277,7 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
     const int64_t count = min_of(plan.block, range.last - i);
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
-        const auto x = score_dots(plan, range, i, count, 2 * plan.rows, s.dots, s.scores);
+        const auto x = score_dots(plan, range, after, i, count, 2 * plan.rows, s.dots, s.scores);
         pool_score_grads(plan, g, range.b, count, s);
         if (tokens_too) token_grads<S, Operand<S>>(plan, g, range, i, count, s, sums);
         ahead = distance_to_next<S>(plan, range, i + count, after, x);
@@ -286,10 +286,10 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
       }
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
-    dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, s.scores, plan.columns);
+    ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
     pool_score_grads(plan, g, range.b, count, s);
     if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
-    ahead = distance_to_next<S>(plan, range, i + count, after, x);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums, plan.width);
   }
   take_out_excess<S>(plan, range.b, s, sums);

@@ -343,10 +343,11 @@ static inline DotScratch take_dot_scratch(const PoolPlan& plan, int64_t rows, Ar
 #ifdef __AVX512BF16__
 // Scores of `rows` stacked rows with one block, those of queries times scale * log2(e).
 static inline TokenBlock<BFloat16> score_dots(const PoolPlan& plan, const TokenRange& range,
-                                              int64_t first, int64_t count, int64_t rows,
-                                              const DotScratch& s, float* scores) {
+                                              const TokenRange& after, int64_t first, int64_t count,
+                                              int64_t rows, const DotScratch& s, float* scores) {
   const auto x = read_block_raw<BFloat16>(plan, range, first, count, s.buffer);
-  dot_rows(s.rows, plan.width, rows, x, plan.width, scores, plan.columns);
+  const int64_t ahead = distance_to_next<BFloat16>(plan, range, first + count, after, x);
+  dot_rows(s.rows, plan.width, rows, x, plan.width, ahead, scores, plan.columns);
   const float factor = static_cast<float>(plan.p->scale * kLog2E);
   for (int64_t i = 0; i < plan.rows * plan.columns; ++i) scores[i] *= factor;
   return x;

@@ -89,7 +89,7 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     const int64_t count = min_of(plan.block, range.last - i);
     if constexpr (kHasDots<S>) {
       if (plan.dots) {
-        const auto x = score_dots(plan, range, i, count, plan.rows, s.dots, s.scores);
+        const auto x = score_dots(plan, range, after, i, count, plan.rows, s.dots, s.scores);
         soften_pool(plan, count, s.scores, sums);
         ahead = distance_to_next<S>(plan, range, i + count, after, x);
         sum_dots(plan, x, s.scores, ahead, s.dots, sums.out);
@@ -97,9 +97,9 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
       }
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
-    dot_rows(s.query, plan.width, plan.rows, x, plan.width, s.scores, plan.columns);
-    soften_pool(plan, count, s.scores, sums);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    dot_rows(s.query, plan.width, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    soften_pool(plan, count, s.scores, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
   return ahead != 0;

@@ -141,7 +141,7 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
     const S* from = matrix + (group * p.columns + first) * p.matrix_stride;
     const auto x =
         read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
-    dot_rows(rows, plan.inner, plan.rows, x, plan.inner, s.sums, plan.stride);
+    dot_rows(rows, plan.inner, plan.rows, x, plan.inner, 0, s.sums, plan.stride);
     return;
   }
   const int64_t width = round_up(count, plan.dots ? kDotChannels : int64_t{kLanes<T>});
