@@ -47,6 +47,7 @@ def _build(shape: tuple[int, int, int, int], rotary_dim: int, dtype: torch.dtype
     peers = [
         Side("x-transformers", lambda: theirs(q, k), target=target),
         Side("x-transformers compiled", lambda: compiled(q, k), target=3.0, slow=True),
+        Side("copies of q and k", lambda: (q.clone(), k.clone()), target=0.85, same=False),
     ]
     if importlib.util.find_spec("rotary_embedding_torch") is not None and dtype == torch.float32:
         from rotary_embedding_torch import RotaryEmbedding as OtherRotaryEmbedding
