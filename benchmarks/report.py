@@ -14,12 +14,23 @@ _WIDTH = 170
 _UNITS = (("s", 1.0, 1.0), ("ms", 1e3, 1e-3), ("µs", 1e6, 0.0))  # name, units in a second, from how many seconds on
 
 
-def print_report(results: Results, path: Path) -> None:
-    """Prints the table, with rich where it is installed, and writes it to path as plain text."""
-    text = "\n".join(
-        [*header_lines(results.header), *_limit_lines(results), "", *_plain_table(results), *_notes(results)]
-    )
-    path.write_text(text + "\n", encoding="utf-8")
+def print_report(results: Results, folder: Path) -> list[str]:
+    """Prints the table, with rich where it is installed, and writes it as plain text and as Markdown.
+
+    Returns:
+        Names of the files.
+    """
+    head = [*header_lines(results.header), *_limit_lines(results)]
+    text = "\n".join([*head, "", *_plain_table(results), *_notes(results)])
+    (folder / "report.txt").write_text(text + "\n", encoding="utf-8")
+    notes = [line for line in [*head, *_notes(results)] if line]
+    markdown = "\n".join([*_markdown_table(results), "", *(f"- {line.replace('*', chr(92) + '*')}" for line in notes)])
+    (folder / "report.md").write_text(markdown + "\n", encoding="utf-8")
+    _print(results, text)
+    return ["report.txt", "report.md"]
+
+
+def _print(results: Results, text: str) -> None:
     if importlib.util.find_spec("rich") is None:
         print(text)
         return
@@ -86,6 +97,11 @@ def _plain_table(results: Results) -> list[str]:
     lines = [_COLUMNS, *_cells(results)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(_COLUMNS))]
     return ["  ".join(_pad(cell, index, widths[index]) for index, cell in enumerate(line)).rstrip() for line in lines]
+
+
+def _markdown_table(results: Results) -> list[str]:
+    rule = ["---" if index in _LEFT else "---:" for index in range(len(_COLUMNS))]
+    return [f"| {' | '.join(line)} |" for line in (_COLUMNS, rule, *_cells(results))]
 
 
 def _pad(cell: str, index: int, width: int) -> str:

@@ -68,7 +68,7 @@ def _fits(row: Row, pattern: str) -> bool:
 
 
 def run(options: Options, say: Callable[[str], None] = print) -> Results:
-    """Measures everything and writes results.json, report.txt and the plots.
+    """Measures everything and writes results.json, report.txt, report.md and the plots.
 
     Raises:
         ValueError: see :func:`select`.
@@ -99,7 +99,7 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
         compare_with_limits(row, results.limits["best"])
     results.seconds = time.perf_counter() - start
     (options.out / "results.json").write_text(json.dumps(results.as_dict(), indent=1) + "\n", encoding="utf-8")
-    print_report(results, options.out / "report.txt")
+    reports = print_report(results, options.out)
     pictures = draw(results, options.out)
-    say(f"Saved {', '.join(['results.json', 'report.txt', *pictures])} in {options.out}/ after {results.seconds:.0f} s")
+    say(f"Saved {', '.join(['results.json', *reports, *pictures])} in {options.out}/ after {results.seconds:.0f} s")
     return results

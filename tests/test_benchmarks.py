@@ -107,6 +107,9 @@ def test_report_and_pictures(tiny: Path, saved: dict[str, Any]) -> None:
     for row in saved["rows"]:
         assert row["title"] in text
         assert all(peer["name"] in text for peer in row["peers"])
+    table = [line for line in (tiny / "report.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {10}
+    assert [title for line in table[2:] if (title := line.split("|")[1].strip())] == [r["title"] for r in saved["rows"]]
     for name in ("ratios.png", "limits.png", "series.png"):
         assert (tiny / name).stat().st_size > 10_000
 
@@ -116,8 +119,8 @@ def test_without_rich_and_matplotlib(saved: dict[str, Any], tmp_path: Path, monk
     capsys.readouterr()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert plot.draw(results, tmp_path) == []
-    report.print_report(results, tmp_path / "plain.txt")
-    assert capsys.readouterr().out == (tmp_path / "plain.txt").read_text(encoding="utf-8")
+    report.print_report(results, tmp_path)
+    assert capsys.readouterr().out == (tmp_path / "report.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
