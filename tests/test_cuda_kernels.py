@@ -78,6 +78,25 @@ def test_memory_accesses_are_without_conflicts_and_gaps(simulator):
     assert rope["global"]["coalescing_percent"] > 99
 
 
+@pytest.mark.parametrize("special", [4, 5])
+def test_attention_uses_what_it_moves(simulator, special):
+    """Of the sectors that each kernel moves, 99 % of the bytes: rows, lists of tokens, numbers beside rows."""
+    generator, tokens, head_dim = Generator(special), 1024, 64
+    q, k, v, grad = (generator.normal(1, 1, tokens, head_dim, dtype=torch.bfloat16) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    rotary = RotaryEmbedding(head_dim)(tokens, torch.arange(tokens) >= special)
+    with cuda_sim.simulated_cuda(stats=True) as running:
+        torch.autograd.grad(rope_attention(*leaves, rotary, cls_rope="mask"), leaves, grad)
+        kernels = running.stats()
+    used = {kernel["name"]: kernel["global"]["coalescing_percent"] for kernel in kernels}
+    # Forward wide and narrow, backward of keys and of queries, and one each of the others.
+    for name, count in {"forward": 2, "backward": 2, "merge": 1}.items():
+        assert sum(f"attention_{name}_kernel" in full for full in used) == count, used
+    for name in ("order", "pack", "stats", "finish"):
+        assert sum(f"{name}_kernel" in full for full in used) == 1, used
+    assert min(used.values()) >= 99, used
+
+
 def test_a_report_is_the_text_of_the_exception(simulator):
     simulator.set_option("MAX_INSTRUCTIONS", "1")
     try:

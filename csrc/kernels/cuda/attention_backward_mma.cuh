@@ -62,7 +62,7 @@ struct BackwardKernel {
 
   __device__ __forceinline__ const int32_t* tokens_of(bool queries, int64_t batch) const {
     const TokenOrder& order = queries ? args.common.queries : args.common.keys;
-    return order.tokens == nullptr ? nullptr : order.tokens + batch * order.length;
+    return order.list(batch);
   }
   // `queries`: rows of a query head in the queries' order; else of the key head in the keys'.
   template <int kRows>
@@ -462,20 +462,18 @@ struct BackwardKernel {
     if constexpr (kFirst) clear(sums.first);
     if constexpr (kSecond) clear(sums.second);
     load_owners(false, false);
-    int32_t with = other.with_position(b);
-    pass_heads<kPartners>(owners, special, 0, special ? with + other.without_position(b) : with,
-                          sums);
+    TokenCounts others = other.counts_of(b);
+    pass_heads<kPartners>(owners, special, 0, special ? others.all() : others.with, sums);
     if constexpr (kFirst) store(to.main, to.width, sums.first);
     const int32_t batch = afresh(b);
-    with = other.with_position(batch);
-    const int32_t all = with + other.without_position(batch);
-    if (!special && with < all) {
+    others = other.counts_of(batch);
+    if (!special && others.without > 0) {
       copy_async_commit();  // without ordinary partners the owners are still on their way
       copy_async_wait<0>();
       __syncthreads();
       load_owners(true, true);
       if constexpr (kFirst) clear(sums.first);
-      pass_heads<kNarrowPartners>(owners, false, with, all, sums);
+      pass_heads<kNarrowPartners>(owners, false, others.with, others.all(), sums);
       if constexpr (kFirst) store(to.raw, to.width, sums.first);
     }
     if constexpr (kSecond) store(args.dv.main, args.dv.width, sums.second);
@@ -499,11 +497,11 @@ __global__ void __launch_bounds__(BackwardKernel<T, kDim, kSum, kGeneral>::kThre
   const int64_t heads = kOwnsQueries ? p.heads : p.key_heads;
   const int64_t b = unit / heads;
   const TokenOrder& own = kOwnsQueries ? p.queries : p.keys;
-  const int32_t with = own.with_position(b);
+  const auto [with, without] = own.counts_of(b);
   const int32_t ordinary_tiles = (with + kOwners - 1) / kOwners;
   const bool special = tile >= ordinary_tiles;
   const int32_t first = special ? with + (tile - ordinary_tiles) * kOwners : tile * kOwners;
-  const int32_t end = special ? with + own.without_position(b) : with;
+  const int32_t end = special ? with + without : with;
   if (first >= end) return;
   const uint32_t start = shared_address(shared);
   const auto h = static_cast<int32_t>(unit % heads);

@@ -99,17 +99,16 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const PlainLaunch 
 
   const TokenOrder& own = kOwnsQueries ? p.queries : p.keys;
   const TokenOrder& other = kOwnsQueries ? p.keys : p.queries;
-  const int32_t with = own.with_position(b);
+  const auto [with, without] = own.counts_of(b);
   const int32_t ordinary_tiles = (with + kPlainTile - 1) / kPlainTile;
   const bool special = tile >= ordinary_tiles;
   const int32_t first = special ? with + (tile - ordinary_tiles) * kPlainTile : tile * kPlainTile;
-  const int32_t end = special ? with + own.without_position(b) : with;
+  const int32_t end = special ? with + without : with;
   const int32_t count = min(kPlainTile, end - first);
   if (count <= 0) return;
 
   const uint64_t seed = p.dropout.seed == nullptr ? 0 : static_cast<uint64_t>(*p.dropout.seed);
-  const int32_t other_with = other.with_position(b);
-  const int32_t other_all = other_with + other.without_position(b);
+  const TokenCounts others = other.counts_of(b);
   const GradSums& to = kOwnsQueries ? args.dq : kSum == Sum::kKeys ? args.dk : args.dv;
   const int64_t own_count = kOwnsQueries ? p.query_count : p.key_count;
   const int64_t row = (b * own_heads + own_head) * own_count + first;
@@ -120,8 +119,8 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(const PlainLaunch 
   // already. dV is the same in both frames.
   for (int phase = 0; phase < (special ? 1 : 2); ++phase) {
     const bool raw = special || phase == 1;
-    const int32_t start = phase == 0 ? 0 : other_with;
-    const int32_t stop = raw ? other_all : other_with;
+    const int32_t start = phase == 0 ? 0 : others.with;
+    const int32_t stop = raw ? others.all() : others.with;
     if (kSum != Sum::kValues && phase == 1 && start == stop) return;
     const bool raw_queries = raw && special != kOwnsQueries;
     const bool raw_keys = raw && special == kOwnsQueries;

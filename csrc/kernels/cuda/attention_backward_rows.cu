@@ -8,6 +8,7 @@ namespace x_rope_cls::cuda {
 namespace {
 
 constexpr int kRowThreads = 128;
+constexpr int kFinishThreads = 256;
 constexpr int kStatsRows = 32;  // of a block
 constexpr int64_t kMostBlocks = INT32_MAX;
 
@@ -36,17 +37,21 @@ struct alignas(2 * sizeof(C)) RowStats {
   C lse, delta;
 };
 
-// kStatsRows rows a block. Warps take rows for delta; then a thread has a row, so that neighbours
-// read and write neighbours.
+// kStatsRows rows a block. Warps take rows for delta; before and after, a thread has a row, so that
+// neighbours read and write neighbours.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) stats_kernel(StatsArgs p, Compute<T>* stats) {
   using C = Compute<T>;
   __shared__ C deltas[kStatsRows];
+  __shared__ QueryPlace places[kStatsRows];
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int own = static_cast<int>(threadIdx.x);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kStatsRows;
   const int rows = static_cast<int>(min(static_cast<int64_t>(kStatsRows), p.rows - first));
+  if (own < rows) places[own] = query_at(p, first + own);
+  __syncthreads();
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < rows; i += kRowThreads / kWarpSize) {
-    const QueryPlace at = query_at(p, first + i);
+    const QueryPlace at = places[i];
     const Row<T> out = row_of<T>(p.out, at.b, at.h, at.n, p.channels, p.whole);
     const Row<T> grad = row_of<T>(p.grad_out, at.b, at.h, at.n, p.channels, p.whole);
     C delta = 0;
@@ -65,9 +70,8 @@ __global__ void __launch_bounds__(kRowThreads) stats_kernel(StatsArgs p, Compute
     if (lane == 0) deltas[i] = delta;
   }
   __syncthreads();
-  const int own = static_cast<int>(threadIdx.x);
   if (own >= rows) return;
-  const QueryPlace at = query_at(p, first + own);
+  const QueryPlace at = places[own];
   RowStats<C> result{0, deltas[own]};
   if (p.grad_lse != nullptr) {
     result.delta -=
@@ -89,8 +93,9 @@ struct FinishArgs {
   Tensor4 to, rotated;
   RotaryTable table;
   bool has_table, by_token, interleaved, whole;
-  int64_t heads, tokens, pieces_all;
+  int64_t heads, tokens;
   int32_t pieces, pairs, channels;
+  uint32_t blocks;
   double factor;
 };
 
@@ -107,22 +112,30 @@ struct alignas(kCount * sizeof(T)) Results {
   T values[kCount];
 };
 
-// 16 bytes of the sums a thread.
+// 16 bytes of the sums a thread; `blocks` of them a head.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(const FinishArgs p) {
   using C = Compute<T>;
   constexpr int kCount = kPiece<C>;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (index >= p.pieces_all) return;
-  const int64_t row = index / p.pieces;
+  __shared__ PlacedTokens<kFinishThreads> placed;
+  __shared__ bool adds_raw;
+  const int64_t start = static_cast<int64_t>(blockIdx.x % p.blocks) * kFinishThreads;
+  const int64_t h = blockIdx.x / p.blocks % p.heads;
+  const int64_t b = blockIdx.x / p.blocks / p.heads;
+  if (threadIdx.x == 0) {
+    adds_raw = p.sums.raw != nullptr && p.partners.counts_of(b).without > 0;
+  }
+  const auto first_place = static_cast<int32_t>(start / p.pieces);
+  placed.look_up(
+      p.order, b, first_place, static_cast<int32_t>((start + kFinishThreads - 1) / p.pieces),
+      [&](int32_t n) { return p.has_table && (!p.by_token || has_position(p.table, b, n)); });
+  const int64_t index = start + threadIdx.x;
+  const auto place = static_cast<int32_t>(index / p.pieces);
+  if (place >= placed.counts.all()) return;
   const int32_t first = static_cast<int32_t>(index % p.pieces) * kCount;
-  const auto place = static_cast<int32_t>(row % p.tokens);
-  const int64_t h = row / p.tokens % p.heads;
-  const int64_t b = row / p.tokens / p.heads;
-  const int32_t with = p.order.with_position(b);
-  if (place >= with + p.order.without_position(b)) return;
-  const int64_t n = p.order.token(b, place);
-  const bool turned = p.has_table && place < with && (!p.by_token || has_position(p.table, b, n));
+  const int64_t n = placed.tokens[place - first_place];
+  const bool turned = placed.turned[place - first_place];
+  const int64_t row = (b * p.heads + h) * p.tokens + place;
   const C* const main = static_cast<const C*>(p.sums.main) + row * p.sums.width;
   const C factor = static_cast<C>(p.factor);
   C x[kCount];
@@ -147,7 +160,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_kernel(const FinishArgs p)
       rotate_piece(x, angles, first, true, [&](int, int32_t c) { return main[c]; });
     }
   }
-  if (p.sums.raw != nullptr && place < with && p.partners.without_position(b) > 0) {
+  if (adds_raw && place < placed.counts.with) {
     const C* const raw = static_cast<const C*>(p.sums.raw) + row * p.sums.width;
     C y[kCount];
     load_sums(raw + first, y);
@@ -238,14 +251,15 @@ cudaError_t finish_sums(const FinishParams& params, cudaStream_t stream) {
     a.heads = params.heads;
     a.tokens = params.tokens;
     a.pieces = static_cast<int32_t>(ceil_div(params.channels, kPiece<Compute<T>>));
-    a.pieces_all = params.batch * params.heads * params.tokens * a.pieces;
     a.pairs = static_cast<int32_t>(params.pairs);
     a.channels = static_cast<int32_t>(params.channels);
     a.factor = params.factor;
-    const int64_t blocks = ceil_div(a.pieces_all, kRowThreads);
+    const int64_t head_blocks = ceil_div(params.tokens * a.pieces, kFinishThreads);
+    const int64_t blocks = head_blocks * params.batch * params.heads;
     if (blocks == 0) return cudaSuccess;
     if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
-    finish_kernel<T><<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(a);
+    a.blocks = static_cast<uint32_t>(head_blocks);
+    finish_kernel<T><<<static_cast<unsigned>(blocks), kFinishThreads, 0, stream>>>(a);
     return cudaGetLastError();
   });
 }

@@ -54,12 +54,16 @@ constexpr ForwardShape forward_shape(int32_t dim, bool wide, bool general) {
 constexpr int32_t kMergePadding = 8;
 
 // Queries, one tile of keys and one of values; the merge of a narrow block reuses the latter two.
-constexpr int32_t forward_shared_bytes(int32_t dim, bool wide, bool general) {
+constexpr int32_t forward_tile_bytes(int32_t dim, bool wide, bool general) {
   const ForwardShape s = forward_shape(dim, wide, general);
   const int32_t queries = s.rows * dim * 2;
   const int32_t tiles = 2 * s.keys * dim * 2;
   const int32_t merge = wide ? 0 : s.warps * s.rows * (dim + kMergePadding + 2) * 4;
   return queries + (tiles > merge ? tiles : merge);
+}
+// And the token of each row.
+constexpr int32_t forward_shared_bytes(int32_t dim, bool wide, bool general) {
+  return forward_tile_bytes(dim, wide, general) + forward_shape(dim, wide, general).rows * 4;
 }
 
 // Whether all rows of a key head go through narrow tiles: for few queries a wide tile would be

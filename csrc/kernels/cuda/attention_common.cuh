@@ -44,19 +44,29 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t st
                                           const int32_t* tokens, int32_t first, int32_t count,
                                           int32_t pieces) {
   constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
+  constexpr int kTogether = kWarpSize / kLanes;   // rows that a warp copies at a time
   constexpr int kPass = kThreads / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  constexpr int kPasses = (kRows + kPass - 1) / kPass;
+  constexpr int kWarpRows = kPasses * kTogether;  // neighbours, whose tokens the warp looks up once
+  static_assert(kWarpRows <= kWarpSize && kRows % kWarpRows == 0);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
+  if (kRows < kPass && warp_row >= kRows) return;
+  int32_t own = 0;
+  if (tokens != nullptr && lane < kWarpRows && warp_row + lane < count) {
+    own = tokens[first + warp_row + lane];
+  }
 #pragma unroll kUnroll
-  for (int i = 0; i < (kRows + kPass - 1) / kPass; ++i) {
-    const int row = static_cast<int>(threadIdx.x) / kLanes + i * kPass;
-    if (kRows % kPass != 0 && row >= kRows) break;
+  for (int i = 0; i < kPasses; ++i) {
+    const int warp_place = i * kTogether + lane / kLanes;
+    const int row = warp_row + warp_place;
     const bool valid = row < count;
-    const int32_t place = first + (valid ? row : 0);
-    const int32_t token = tokens == nullptr ? place : tokens[place];
+    int32_t token = first + (valid ? row : 0);
+    if (tokens != nullptr) token = __shfl_sync(0xffffffffU, own, warp_place);
     const T* const from = rows + static_cast<int64_t>(token) * stride_n;
 #pragma unroll
     for (int j = 0; j < kDim / 8 / kLanes; ++j) {
-      const int piece = lane + j * kLanes;
+      const int piece = lane % kLanes + j * kLanes;
       const bool read = valid && piece < pieces;
       copy_async(to + tile_offset<kDim>(row, piece), from + (read ? piece * 8 : 0), read);
     }

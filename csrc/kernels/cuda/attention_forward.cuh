@@ -62,18 +62,33 @@ struct ForwardKernel {
 
   const ForwardArgs& args;
   const RowTile tile;
-  uint32_t queries, keys, values;  // shared memory
-  int lane, warp_row, warp_key;    // first row of the warp; first key of a tile
+  int32_t* const row_tokens;  // shared memory, as all of these
+  uint32_t queries, keys, values;
+  int lane, warp_row, warp_key;  // first row of the warp; first key of a tile
 
   __device__ __forceinline__ ForwardKernel(const ForwardArgs& args, const RowTile& tile,
-                                           uint32_t shared)
-      : args(args), tile(tile), queries(shared) {
+                                           char* memory)
+      : args(args),
+        tile(tile),
+        row_tokens(reinterpret_cast<int32_t*>(memory + forward_tile_bytes(kDim, kWide, kGeneral))),
+        queries(shared_address(memory)) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     lane = static_cast<int>(threadIdx.x) % kWarpSize;
-    keys = shared + kShape.rows * kDim * 2;
+    keys = queries + kShape.rows * kDim * 2;
     values = keys + kKeys * kDim * 2;
     warp_row = kWide ? warp * kRowTiles * 16 : 0;
     warp_key = kWide ? 0 : warp * kShape.warp_keys;
+  }
+
+  // Neighbouring threads look up the tokens of neighbouring rows.
+  __device__ __forceinline__ void look_up_rows() const {
+    static_assert(kThreads >= kShape.rows);
+    const auto row = static_cast<int32_t>(threadIdx.x);
+    if (row < tile.rows) row_tokens[row] = place_of(args.rows, tile, row).n;
+    __syncthreads();
+  }
+  __device__ __forceinline__ RowPlace place_of_row(int32_t row) const {
+    return {head_of(args.rows, tile, row), row_tokens[row]};
   }
 
   // All rows of the block to shared memory. kRotated: rotated where `rotated` says so.
@@ -86,7 +101,7 @@ struct ForwardKernel {
       const int piece = i % kPieces;
       uint32_t packed[4] = {0, 0, 0, 0};
       if (row < tile.rows && piece * 8 < args.head_dim) {
-        const RowPlace at = place_of(args.rows, tile, row);
+        const RowPlace at = place_of_row(row);
         const Row<T> from = row_of<T>(args.q, tile.b, at.h, at.n, args.head_dim, args.q_whole);
         float x[8];
         if constexpr (kRotated) {
@@ -162,7 +177,7 @@ struct ForwardKernel {
         }
         const int row = row_of_half(m, half);
         if (args.bias.data == nullptr || row >= tile.rows) continue;
-        const RowPlace at = place_of(args.rows, tile, row);
+        const RowPlace at = place_of_row(row);
         const int64_t offset = args.bias.row(tile.b, at.h, at.n);
         with_bias(args.bias, [&](const auto* bias) {
 #pragma unroll
@@ -195,7 +210,7 @@ struct ForwardKernel {
       for (int half = 0; half < 2; ++half) {
         const int row = row_of_half(m, half);
         if (row >= tile.rows) continue;
-        const RowPlace at = place_of(args.rows, tile, row);
+        const RowPlace at = place_of_row(row);
         const int64_t head = static_cast<int64_t>(tile.b) * args.rows.heads + at.h;
         uint32_t kept = 0;
 #pragma unroll 1
@@ -330,8 +345,7 @@ struct ForwardKernel {
     const TileRows& vr = args.value_rows;
     const T* const v =
         static_cast<const T*>(vr.data) + tile.b * vr.stride_b + key_head * vr.stride_h;
-    const int32_t* const tokens =
-        args.keys.tokens == nullptr ? nullptr : args.keys.tokens + tile.b * args.keys.length;
+    const int32_t* const tokens = args.keys.list(tile.b);
     const int32_t* const key_tokens = from.gathered ? tokens : nullptr;
     const int32_t* const value_tokens = vr.gathered ? tokens : nullptr;
     load_tile<T, kDim, kTile, kThreads>(keys, k, from.stride_n, key_tokens, first,
@@ -364,6 +378,7 @@ struct ForwardKernel {
 
   // Part `part` of the keys for all rows.
   __device__ __forceinline__ void run(int32_t part, State& state) const {
+    look_up_rows();
     load_queries<true>(args.has_rotary && !tile.special);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -378,8 +393,8 @@ struct ForwardKernel {
         for (int i = 0; i < 4; ++i) state.out[m][n][i] = 0.0f;
       }
     }
-    const int32_t with = args.keys.with_position(tile.b);
-    const int32_t all = with + args.keys.without_position(tile.b);
+    const auto [with, without] = args.keys.counts_of(tile.b);
+    const int32_t all = with + without;
     const int32_t in_parts = tile.special ? all : with;
     const int32_t tiles = (in_parts + kKeys - 1) / kKeys;
     const int32_t each = (tiles + args.partial.parts - 1) / args.partial.parts * kKeys;
@@ -414,13 +429,13 @@ struct ForwardKernel {
     if (args.partial.out != nullptr) {
       args.partial.lse[slot] = lse2;
     } else {
-      const RowPlace at = place_of(args.rows, tile, row);
+      const RowPlace at = place_of_row(row);
       args.lse[(static_cast<int64_t>(tile.b) * args.rows.heads + at.h) * args.queries + at.n] =
           lse2 * kLn2;
     }
   }
   __device__ __forceinline__ T* out_row(int row) const {
-    const RowPlace at = place_of(args.rows, tile, row);
+    const RowPlace at = place_of_row(row);
     return static_cast<T*>(args.out.data) + tile.b * args.out.stride_b + at.h * args.out.stride_h +
            at.n * args.out.stride_n;
   }
@@ -575,7 +590,7 @@ __global__ void __launch_bounds__(ForwardKernel<T, kDim, kWide, kGeneral>::kThre
   const int32_t index = static_cast<int32_t>(blockIdx.x) / args.partial.parts;
   const RowTile rows = find_tile(args.rows, index / args.rows.tiles, index % args.rows.tiles);
   if (rows.rows == 0) return;
-  const Kernel kernel(args, rows, shared_address(shared));
+  const Kernel kernel(args, rows, shared);
   typename Kernel::State state;
   kernel.run(static_cast<int32_t>(blockIdx.x) % args.partial.parts, state);
   const int64_t slot = first_slot(args);

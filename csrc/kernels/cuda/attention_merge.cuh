@@ -21,15 +21,11 @@ struct MergeArgs {
   int32_t value_dim;
 };
 
-struct MergeRow {
-  int64_t b, h, n;  // n: -1 where the slot has no row
-};
-__device__ __forceinline__ MergeRow merge_row(const MergeArgs& args, int64_t unit, int32_t slot) {
+// Of a slot; n: -1 where it has no row.
+__device__ __forceinline__ RowPlace merge_row(const MergeArgs& args, int64_t unit, int32_t slot) {
   const RowTile tile = find_tile(args.rows, unit, slot / args.rows.tile_rows);
   const int32_t row = slot % args.rows.tile_rows;
-  if (row >= tile.rows) return {0, 0, -1};
-  const RowPlace at = place_of(args.rows, tile, row);
-  return {tile.b, at.h, at.n};
+  return row < tile.rows ? place_of(args.rows, tile, row) : RowPlace{0, -1};
 }
 
 // Where part `part` of row `row` lies: neither the rows of four parts nor all parts of a row meet
@@ -39,13 +35,15 @@ __device__ __forceinline__ int merge_offset(int part, int row) {
   return part * kMergeRows + (row ^ (part / 4));
 }
 
-// kMergeRows neighbouring rows a block: their logsumexps are read and written by neighbouring
-// threads, their sums by one warp a row, whose lane i has the weight of part i.
+// kMergeRows neighbouring rows a block: their tokens are looked up and their logsumexps read and
+// written by neighbouring threads, their sums by one warp a row, whose lane i has the weight of
+// part i.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads)
     attention_merge_kernel(const __grid_constant__ MergeArgs args) {
   __shared__ float part_lse[kMostParts * kMergeRows];
   __shared__ float row_lse[kMergeRows];
+  __shared__ RowPlace places[kMergeRows];
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int32_t parts = args.partial.parts;
   const int32_t slots = args.partial.slots;
@@ -53,6 +51,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t unit = blockIdx.x / blocks;
   const int32_t first = static_cast<int32_t>(blockIdx.x % blocks) * kMergeRows;
   const int32_t rows = min(kMergeRows, slots - first);
+  const int64_t b = unit / (args.rows.heads / args.rows.group);
+  const int own = static_cast<int>(threadIdx.x);
+  if (own < rows) places[own] = merge_row(args, unit, first + own);
   for (int i = static_cast<int>(threadIdx.x); i < parts * kMergeRows; i += kMergeThreads) {
     const int part = i / kMergeRows;
     const int row = i % kMergeRows;
@@ -64,16 +65,16 @@ __global__ void __launch_bounds__(kMergeThreads)
   }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < rows; i += kMergeWarps) {
-    const MergeRow at = merge_row(args, unit, first + i);
+    const RowPlace at = places[i];
     if (at.n < 0) continue;
-    const float own = lane < parts ? part_lse[merge_offset(lane, i)] : negative_infinity();
-    float largest = own;
+    const float lse = lane < parts ? part_lse[merge_offset(lane, i)] : negative_infinity();
+    float largest = lse;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
       largest = fmaxf(largest, __shfl_xor_sync(0xffffffffU, largest, step));
     }
     const float shift = largest == negative_infinity() ? 0.0f : largest;
-    const float weight = power_of_two(own - shift);
+    const float weight = power_of_two(lse - shift);
     float sum = weight;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     if (lane == 0) {
       row_lse[i] = sum == 0.0f ? negative_infinity() : (shift + log2f(sum)) * kLn2;
     }
-    T* const to = static_cast<T*>(args.out.data) + at.b * args.out.stride_b +
+    T* const to = static_cast<T*>(args.out.data) + b * args.out.stride_b +
                   at.h * args.out.stride_h + at.n * args.out.stride_n;
     for (int32_t base = 0; base < args.value_dim; base += kWarpSize) {
       const int32_t c = base + lane;
@@ -96,11 +97,8 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
   }
   __syncthreads();
-  const int own = static_cast<int>(threadIdx.x);
-  if (own >= rows) return;
-  const MergeRow at = merge_row(args, unit, first + own);
-  if (at.n < 0) return;
-  args.lse[(at.b * args.rows.heads + at.h) * args.queries + at.n] = row_lse[own];
+  if (own >= rows || places[own].n < 0) return;
+  args.lse[(b * args.rows.heads + places[own].h) * args.queries + places[own].n] = row_lse[own];
 }
 
 }  // namespace x_rope_cls::cuda

@@ -35,8 +35,7 @@ __device__ __forceinline__ RowTile find_tile(const RowSet& set, int32_t unit, in
   const int32_t units = set.heads / set.group;
   t.b = unit / units;
   t.unit_head = unit % units;
-  const int32_t with = set.order.with_position(t.b);
-  const int32_t without = set.order.without_position(t.b);
+  const auto [with, without] = set.order.counts_of(t.b);
   const int32_t ordinary_rows = set.ordinary ? with * set.group : 0;
   const int32_t ordinary_tiles = (ordinary_rows + set.tile_rows - 1) / set.tile_rows;
   t.special = tile >= ordinary_tiles;
@@ -56,9 +55,11 @@ __device__ __forceinline__ RowTile find_tile(const RowSet& set, int32_t unit, in
 struct RowPlace {
   int32_t h, n;
 };
+__device__ __forceinline__ int32_t head_of(const RowSet& set, const RowTile& tile, int32_t row) {
+  return tile.unit_head * set.group + (tile.first + row) % set.group;
+}
 __device__ __forceinline__ RowPlace place_of(const RowSet& set, const RowTile& tile, int32_t row) {
-  const int32_t r = tile.first + row;
-  return {tile.unit_head * set.group + r % set.group, set.order.token(tile.b, r / set.group)};
+  return {head_of(set, tile, row), set.order.token(tile.b, (tile.first + row) / set.group)};
 }
 
 }  // namespace x_rope_cls::cuda

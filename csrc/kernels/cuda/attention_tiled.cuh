@@ -215,8 +215,8 @@ struct TiledKernel {
   }
 
   __device__ __forceinline__ void run(State& state) const {
-    const int32_t with = args.keys.with_position(tile.b);
-    const int32_t all = with + args.keys.without_position(tile.b);
+    const auto [with, without] = args.keys.counts_of(tile.b);
+    const int32_t all = with + without;
     // Tiles end where the keys with a position do.
 #pragma unroll 1
     for (int32_t first = 0; first < all;) {

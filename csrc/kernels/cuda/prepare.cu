@@ -44,32 +44,39 @@ __device__ int32_t count_before(bool flag, int32_t* sums, int32_t* total) {
   return before;
 }
 
-// One block a batch: counts, then a stable partition.
+// One block a batch: a stable partition, those with a position in a pass before those without. What
+// is placed waits in shared memory until it fills kOrderThreads neighbouring places.
 __global__ void __launch_bounds__(kOrderThreads)
-    order_kernel(TokenFlags flags, int64_t tokens, int32_t* order, int32_t* counts) {
+    order_kernel(TokenFlags flags, int64_t tokens, int32_t* order, TokenCounts* counts) {
+  constexpr int kWaiting = 2 * kOrderThreads;
   __shared__ int32_t sums[kOrderThreads / 32];
+  __shared__ int32_t waiting[kWaiting];  // place i is at i % kWaiting
   const int64_t b = blockIdx.x;
-  int32_t placed[2] = {0, 0};
-  for (int64_t first = 0; first < tokens; first += kOrderThreads) {
-    const int64_t n = first + threadIdx.x;
-    int32_t total;
-    count_before(n < tokens && flags.kind(b, n) == 0, sums, &total);
-    placed[1] += total;  // those without a position come after all that have one
-  }
-  for (int64_t first = 0; first < tokens; first += kOrderThreads) {
-    const int64_t n = first + threadIdx.x;
-    const int kind = n < tokens ? flags.kind(b, n) : 2;
-    for (int k = 0; k < 2; ++k) {
+  int32_t* const list = order + b * TokenOrder::pitch(tokens);
+  const auto own = static_cast<int32_t>(threadIdx.x);
+  int32_t placed = 0;
+  int32_t stored = 0;
+  TokenCounts result{};
+  for (int k = 0; k < 2; ++k) {
+    for (int64_t first = 0; first < tokens; first += kOrderThreads) {
+      const int64_t n = first + own;
+      const bool here = n < tokens && flags.kind(b, n) == k;
       int32_t total;
-      const int32_t before = count_before(kind == k, sums, &total);
-      if (kind == k) order[b * tokens + placed[k] + before] = static_cast<int32_t>(n);
-      placed[k] += total;
+      // The barriers in here also keep places from being overwritten while they are stored.
+      const int32_t before = count_before(here, sums, &total);
+      if (here) waiting[(placed + before) % kWaiting] = static_cast<int32_t>(n);
+      placed += total;
+      if (placed - stored < kOrderThreads) continue;
+      __syncthreads();
+      list[stored + own] = waiting[(stored + own) % kWaiting];
+      stored += kOrderThreads;
     }
+    if (k == 0) result.with = placed;
   }
-  if (threadIdx.x == 0) {
-    counts[2 * b] = placed[0];
-    counts[2 * b + 1] = placed[1] - placed[0];
-  }
+  __syncthreads();
+  if (stored + own < placed) list[stored + own] = waiting[(stored + own) % kWaiting];
+  result.without = placed - result.with;
+  if (own == 0) counts[b] = result;
 }
 
 struct PackKernelParams {
@@ -85,15 +92,20 @@ struct PackKernelParams {
 // One piece a thread; `blocks` of them a head. The grid has one axis, which has room for all.
 template <typename T>
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackKernelParams p, Piece<T>* to) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x % p.blocks) * kPackThreads + threadIdx.x;
-  const int64_t place = index / p.pieces;
-  const int32_t first = static_cast<int32_t>(index % p.pieces) * kPiece<T>;
+  __shared__ PlacedTokens<kPackThreads> placed;
+  const int64_t start = static_cast<int64_t>(blockIdx.x % p.blocks) * kPackThreads;
   const int64_t h = blockIdx.x / p.blocks % p.heads;
   const int64_t b = blockIdx.x / p.blocks / p.heads;
-  const int32_t with = p.order.with_position(b);
-  if (place >= with + p.order.without_position(b)) return;
-  const int32_t n = p.order.token(b, static_cast<int32_t>(place));
-  const bool rotated = p.has_table && place < with && (!p.by_token || has_position(p.table, b, n));
+  const auto first_place = static_cast<int32_t>(start / p.pieces);
+  placed.look_up(
+      p.order, b, first_place, static_cast<int32_t>((start + kPackThreads - 1) / p.pieces),
+      [&](int32_t n) { return p.has_table && (!p.by_token || has_position(p.table, b, n)); });
+  const int64_t index = start + threadIdx.x;
+  const auto place = static_cast<int32_t>(index / p.pieces);
+  if (place >= placed.counts.all()) return;
+  const int32_t first = static_cast<int32_t>(index % p.pieces) * kPiece<T>;
+  const int32_t n = placed.tokens[place - first_place];
+  const bool rotated = placed.turned[place - first_place];
   const auto angles = angles_of<Compute<T>>(p.table, b, h, n, p.pairs, p.interleaved, rotated);
   Compute<T> x[kPiece<T>];
   load_rotated_piece(row_of<T>(p.from, b, h, n, p.head_dim, p.whole), angles, first, x);
@@ -106,15 +118,16 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackKernelParams p, 
 }  // namespace
 
 int64_t order_bytes(int64_t batch, int64_t tokens) {
-  return round_up(batch * (tokens + 2) * static_cast<int64_t>(sizeof(int32_t)), 256);
+  const auto lists = batch * TokenOrder::pitch(tokens) * static_cast<int64_t>(sizeof(int32_t));
+  return round_up(lists + batch * static_cast<int64_t>(sizeof(TokenCounts)), 256);
 }
 
 cudaError_t order_tokens(int64_t batch, int64_t tokens, const uint8_t* rotate,
                          int64_t rotate_stride_b, int64_t rotate_stride_n, const uint8_t* keep,
                          int64_t keep_stride_b, int64_t keep_stride_n, void* memory,
                          TokenOrder* order, cudaStream_t stream) {
-  auto* const counts = static_cast<int32_t*>(memory);
-  int32_t* const places = counts + 2 * batch;
+  auto* const places = static_cast<int32_t*>(memory);
+  auto* const counts = reinterpret_cast<TokenCounts*>(places + batch * TokenOrder::pitch(tokens));
   *order = {places, counts, tokens};
   if (batch == 0) return cudaSuccess;
   const TokenFlags flags{rotate, rotate_stride_b, rotate_stride_n,

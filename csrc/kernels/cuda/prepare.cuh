@@ -15,21 +15,64 @@
 
 namespace x_rope_cls::cuda {
 
+// Tokens of a batch with and without a position; dropped ones are not among them.
+struct alignas(8) TokenCounts {
+  int32_t with, without;
+
+  __device__ __forceinline__ int32_t all() const { return with + without; }
+};
+
 // A batch's tokens in the order in which kernels take them: ascending those with a position, then,
 // ascending, those without; dropped ones are not among them. On the device.
+//
+// Memory moves in sectors of 32 bytes, and a list read by one thread a row moves eight times what
+// is used. So lists start on sectors, and kernels read them with neighbouring threads, once.
 struct TokenOrder {
-  const int32_t* tokens;  // (batch, length): token at each place; null: place i is token i
-  const int32_t* counts;  // (batch, 2): tokens with and without a position; null: length and 0
-  int64_t length;         // tokens of the sequence
+  const int32_t* tokens;      // (batch, pitch): token at each place; null: place i is token i
+  const TokenCounts* counts;  // (batch); null: length and 0
+  int64_t length;             // tokens of the sequence
 
-  __device__ __forceinline__ int32_t with_position(int64_t b) const {
-    return counts == nullptr ? static_cast<int32_t>(length) : counts[2 * b];
+  // Of a batch's list.
+  static __host__ __device__ constexpr int64_t pitch(int64_t length) {
+    return (length + 7) / 8 * 8;
   }
-  __device__ __forceinline__ int32_t without_position(int64_t b) const {
-    return counts == nullptr ? 0 : counts[2 * b + 1];
+
+  __device__ __forceinline__ TokenCounts counts_of(int64_t b) const {
+    return counts == nullptr ? TokenCounts{static_cast<int32_t>(length), 0} : counts[b];
+  }
+  // Null: place i is token i.
+  __device__ __forceinline__ const int32_t* list(int64_t b) const {
+    return tokens == nullptr ? nullptr : tokens + b * pitch(length);
   }
   __device__ __forceinline__ int32_t token(int64_t b, int32_t place) const {
-    return tokens == nullptr ? place : tokens[b * length + place];
+    return tokens == nullptr ? place : list(b)[place];
+  }
+};
+
+// Tokens at the places of a block's rows, and which of them are rotated. kRows: of the block's
+// threads.
+template <int kRows>
+struct PlacedTokens {
+  int32_t tokens[kRows];
+  bool turned[kRows];
+  TokenCounts counts;
+
+  // Places first ... last of batch b. All threads call it; those beyond the order have no token.
+  // turns(token): whether it is rotated if it counts as one with a position.
+  template <typename Turns>
+  __device__ __forceinline__ void look_up(const TokenOrder& order, int64_t b, int32_t first,
+                                          int32_t last, const Turns& turns) {
+    const int32_t place = first + static_cast<int32_t>(threadIdx.x);
+    if (threadIdx.x == 0 || place <= last) {
+      const TokenCounts own = order.counts_of(b);
+      if (threadIdx.x == 0) counts = own;
+      if (place < own.all()) {
+        const int32_t token = order.token(b, place);
+        tokens[threadIdx.x] = token;
+        turned[threadIdx.x] = place < own.with && turns(token);
+      }
+    }
+    __syncthreads();
   }
 };
 
