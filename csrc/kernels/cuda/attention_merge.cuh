@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "attention_forward.cuh"
+#include "attention_forward_block.cuh"
 
 namespace x_rope_cls::cuda {
 
