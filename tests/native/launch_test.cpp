@@ -70,6 +70,8 @@ void check_attention() {
           expect(bytes <= device.shared_per_block, "a block fits", native, bytes);
           expect(!wide || s.warps * s.row_tiles * 16 == s.rows, "rows of the warps", native);
           expect(s.keys % 16 == 0 && s.special_keys <= s.keys, "keys of a tile", native);
+          expect(key_pieces(1024, s, native) == (wide && native == 256 ? 32 : 16),
+                 "pieces of the keys", native);
         }
       }
     }

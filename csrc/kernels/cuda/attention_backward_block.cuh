@@ -43,13 +43,6 @@ struct BackwardKernel {
   int32_t first, count;  // owners: place of the first
   int lane, warp_row;
 
-  // x anew: keeps the compiler from carrying what it derives from x through the main loops, whose
-  // registers are full.
-  static __device__ __forceinline__ int32_t afresh(int32_t x) {
-    asm volatile("" : "+r"(x));
-    return x;
-  }
-
   // A thread's owners.
   struct Owners {
     float shift[kRowTiles][2], delta[kRowTiles][2];  // where they are queries

@@ -22,8 +22,7 @@ struct BackwardShape {
 // Up to 64 channels two row tiles a warp, so that every fragment of the partners feeds two
 // products. Beyond, the sums of dK and dV of 32 owners do not fit the registers: one row tile, 8
 // warps. At 256 channels not even those of 16 do; dK and dV are summed by kernels of their own, and
-// tiles of 16 partners leave registers for the sums and room for two; some instances spill 4 to 12
-// bytes, which waiting for a single tile would not be worth. 8 warps a multiprocessor, as
+// tiles of 16 partners leave registers for the sums and room for two. 8 warps a multiprocessor, as
 // FlashAttention-2 has, or more.
 constexpr BackwardShape backward_shape(int32_t dim) {
   if (dim <= 64) return {4, 2, 128, 32, 2, 2};

@@ -20,7 +20,11 @@ __device__ __forceinline__ void BackwardKernel<T_, kDim_, kSum_, kGeneral_>::loa
   const T* const data = static_cast<const T*>(from.data) + batch * from.stride_b +
                         (queries ? h : h / args.group) * from.stride_h;
   const int32_t* const tokens = from.gathered ? tokens_of(queries, batch) : nullptr;
-  load_tile<T, kDim, kRows, kThreads, 1>(to, data, from.stride_n, tokens, at, rows, from.pieces);
+  // Where no register is left to carry a thread's places in a tile through the main loops.
+  constexpr bool kShort = kGeneral || kDim == 256;
+  const auto own = static_cast<int32_t>(threadIdx.x);
+  load_tile<T, kDim, kRows, kThreads, 1>(to, data, from.stride_n, tokens, at, rows, from.pieces,
+                                         kShort ? afresh(own) : own);
 }
 
 template <typename T_, int kDim_, MmaSum kSum_, bool kGeneral_>
@@ -100,10 +104,12 @@ __device__ __forceinline__ void BackwardKernel<T_, kDim_, kSum_, kGeneral_>::sto
   const TokenOrder& order = kOwnsQueries ? args.common.queries : args.common.keys;
   const int32_t thread = afresh(static_cast<int32_t>(threadIdx.x));
   const int32_t own = thread / kWarpSize * kRowTiles * 16 + thread % kWarpSize / 4;
-  const int64_t batch = afresh(b);
-  const int64_t head =
-      kOwnsQueries ? batch * args.common.heads + h : batch * args.common.key_heads + h / args.group;
-  float* const rows = static_cast<float*>(to) + (head * order.length + first) * width;
+  const int32_t batch = afresh(b);
+  const int32_t head = kOwnsQueries
+                           ? batch * static_cast<int32_t>(args.common.heads) + h
+                           : batch * static_cast<int32_t>(args.common.key_heads) + h / args.group;
+  float* const rows =
+      static_cast<float*>(to) + (static_cast<int64_t>(head) * order.length + afresh(first)) * width;
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll

@@ -26,12 +26,12 @@ __device__ __forceinline__ void BackwardKernel<T_, kDim_, kSum_, kGeneral_>::mul
     uint32_t a[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      load_matrices(a[m], left_address<kDim>(owners, warp_row + 16 * m, step));
+      load_matrices(a[m], left_address<kDim>(owners, warp_row + 16 * m, step, lane));
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       uint32_t x[4];
-      load_matrices(x, right_address<kDim>(partners, 16 * n, step));
+      load_matrices(x, right_address<kDim>(partners, 16 * n, step, lane));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         if (m > 0 && !both) continue;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void BackwardKernel<T_, kDim_, kSum_, kGeneral_>::add
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       uint32_t x[4];
-      load_matrices_transposed(x, left_address<kDim>(partners, 16 * step, n));
+      load_matrices_transposed(x, left_address<kDim>(partners, 16 * step, n, lane));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         if (m > 0 && !both) continue;

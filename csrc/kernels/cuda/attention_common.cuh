@@ -26,6 +26,13 @@ __device__ __forceinline__ float power_of_two(float x) {
   return y;
 }
 
+// x anew: keeps the compiler from carrying what it derives from x through the main loops, whose
+// registers are full.
+__device__ __forceinline__ int32_t afresh(int32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Rows of keys or values that can be copied in pieces of 16 bytes: (batch, key heads, tokens), in
 // places (gathered: false) or looked up by the token at a place.
 struct TileRows {
@@ -38,22 +45,22 @@ struct TileRows {
 
 // Starts copies of rows at places first ... first + count - 1 to a tile; zeros elsewhere. `tokens`:
 // the token at each place; null: place i is row i. count is at least 1.
-// kUnroll: 1 where registers are short; unrolled, it cost the main loop a spill at 96 channels.
-template <typename T, int kDim, int kRows, int kThreads, int kUnroll = kDim == 96 ? 1 : 4>
+// kUnroll: 1 where registers are short; unrolled, it cost the main loops spills.
+template <typename T, int kDim, int kRows, int kThreads, int kUnroll = kDim >= 96 ? 1 : 4>
 __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t stride_n,
                                           const int32_t* tokens, int32_t first, int32_t count,
-                                          int32_t pieces) {
+                                          int32_t pieces, int32_t thread) {
   constexpr int kLanes = kDim % 64 == 0 ? 8 : 4;  // lanes that share a row: 128 or 64 bytes
   constexpr int kTogether = kWarpSize / kLanes;   // rows that a warp copies at a time
   constexpr int kPass = kThreads / kLanes;
   constexpr int kPasses = (kRows + kPass - 1) / kPass;
   constexpr int kWarpRows = kPasses * kTogether;  // neighbours, whose tokens the warp looks up once
   static_assert(kWarpRows <= kWarpSize && kRows % kWarpRows == 0);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp_row = static_cast<int>(threadIdx.x) / kWarpSize * kWarpRows;
+  const int lane = thread % kWarpSize;
+  const int warp_row = thread / kWarpSize * kWarpRows;
   if (kRows < kPass && warp_row >= kRows) return;
-  int32_t own = 0;
-  if (tokens != nullptr && lane < kWarpRows && warp_row + lane < count) {
+  [[maybe_unused]] int32_t own = 0;
+  if (kPasses > 1 && tokens != nullptr && lane < kWarpRows && warp_row + lane < count) {
     own = tokens[first + warp_row + lane];
   }
 #pragma unroll kUnroll
@@ -62,7 +69,13 @@ __device__ __forceinline__ void load_tile(uint32_t to, const T* rows, int32_t st
     const int row = warp_row + warp_place;
     const bool valid = row < count;
     int32_t token = first + (valid ? row : 0);
-    if (tokens != nullptr) token = __shfl_sync(0xffffffffU, own, warp_place);
+    if (tokens != nullptr) {
+      if constexpr (kPasses > 1) {
+        token = __shfl_sync(0xffffffffU, own, warp_place);
+      } else {
+        token = valid ? tokens[token] : 0;
+      }
+    }
     const T* const from = rows + static_cast<int64_t>(token) * stride_n;
 #pragma unroll
     for (int j = 0; j < kDim / 8 / kLanes; ++j) {
@@ -86,13 +99,11 @@ __device__ __forceinline__ uint32_t fragment_offset(int row, int second, int ste
 // The address that a lane gives to ldmatrix for a block of 16 rows and 16 channels. As the left
 // operand, rows are the product's rows; as the right one, its columns.
 template <int kDim>
-__device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int step) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+__device__ __forceinline__ uint32_t left_address(uint32_t tile, int row, int step, int lane) {
   return tile + row * kDim * 2 + fragment_offset<kDim>(lane % 16, lane / 16, step);
 }
 template <int kDim>
-__device__ __forceinline__ uint32_t right_address(uint32_t tile, int row, int step) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+__device__ __forceinline__ uint32_t right_address(uint32_t tile, int row, int step, int lane) {
   return tile + row * kDim * 2 +
          fragment_offset<kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2, step);
 }

@@ -85,7 +85,7 @@ void add_launch(const AttentionParams& p, const Device& device, bool wide, int64
       static_cast<int32_t>(ceil_div(most, shape.rows)) + (ordinary && orders_queries(p) ? 1 : 0);
   l.units = p.batch * p.heads / group;
   const int64_t expected = ceil_div(most, shape.rows) * l.units;
-  l.parts = key_parts(expected, ceil_div(p.keys, shape.keys), device.multiprocessors);
+  l.parts = key_parts(expected, key_pieces(p.keys, shape, plan.dim), device.multiprocessors);
   if (l.parts > 1) {
     const int64_t slots = l.units * l.parts * rows.tiles * rows.tile_rows;
     l.partial_out = plan.take(slots * round_up_to(p.value_dim, 4) * 4);

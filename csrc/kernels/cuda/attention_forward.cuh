@@ -50,21 +50,25 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::loa
 
 template <typename T_, int kDim_, bool kWide_, bool kGeneral_>
 template <int kTile>
+__device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::load(
+    const TileRows& from, uint32_t to, int32_t place, int32_t last) const {
+  const int32_t batch = tile.b;
+  const auto own = static_cast<int32_t>(threadIdx.x);
+  load_tile<T, kDim, kTile, kThreads>(
+      to, static_cast<const T*>(from.data) + batch * from.stride_b + notes.key_head * from.stride_h,
+      from.stride_n, from.gathered ? args.keys.list(batch) : nullptr, place,
+      min(kTile, last - place), from.pieces, kShort ? afresh(own) : own);
+  copy_async_commit();
+}
+
+template <typename T_, int kDim_, bool kWide_, bool kGeneral_>
+template <int kTile>
 __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::attend(
     const TileRows& from, int32_t first, int32_t last, State& state) const {
   if (first >= last) return;
   constexpr int kColumns = kWide ? kTile / 8 : 2;
-  const int32_t key_head = tile.unit_head / args.key_group;
-  const T* const k =
-      static_cast<const T*>(from.data) + tile.b * from.stride_b + key_head * from.stride_h;
-  const TileRows& vr = args.value_rows;
-  const T* const v = static_cast<const T*>(vr.data) + tile.b * vr.stride_b + key_head * vr.stride_h;
-  const int32_t* const tokens = args.keys.list(tile.b);
-  const int32_t* const key_tokens = from.gathered ? tokens : nullptr;
-  const int32_t* const value_tokens = vr.gathered ? tokens : nullptr;
-  load_tile<T, kDim, kTile, kThreads>(keys, k, from.stride_n, key_tokens, first,
-                                      min(kTile, last - first), from.pieces);
-  copy_async_commit();
+  [[maybe_unused]] const int32_t* const tokens = args.keys.list(tile.b);
+  load<kTile>(from, keys, first, last);
 #pragma unroll 1
   for (int32_t place = first; place < last; place += kTile) {
     const int32_t count = min(kTile, last - place);
@@ -72,18 +76,12 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::att
     const bool works = own > 0 && warp_row < tile.rows;  // the same in the whole warp
     copy_async_wait<0>();
     __syncthreads();  // the keys are there, the values before have been used
-    load_tile<T, kDim, kTile, kThreads>(values, v, vr.stride_n, value_tokens, place, count,
-                                        vr.pieces);
-    copy_async_commit();
+    load<kTile>(args.value_rows, values, place, last);
     float s[kRowTiles][kColumns][4];
     if (works) score(s, own);
     copy_async_wait<0>();
     __syncthreads();  // the values are there, the keys have been used
-    if (place + kTile < last) {
-      load_tile<T, kDim, kTile, kThreads>(keys, k, from.stride_n, key_tokens, place + kTile,
-                                          min(kTile, last - place - kTile), from.pieces);
-      copy_async_commit();
-    }
+    if (place + kTile < last) load<kTile>(from, keys, place + kTile, last);
     if (!works) continue;
     finish_scores(tokens, place + warp_key, own, s, state);
     sum_values(s, state);
@@ -93,7 +91,6 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::att
 template <typename T_, int kDim_, bool kWide_, bool kGeneral_>
 __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::run(
     int32_t part, State& state) const {
-  look_up_rows();
   load_queries<true>(args.has_rotary && !tile.special);
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -108,18 +105,16 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::run
       for (int i = 0; i < 4; ++i) state.out[m][n][i] = 0.0f;
     }
   }
-  const auto [with, without] = args.keys.counts_of(tile.b);
-  const int32_t all = with + without;
-  const int32_t in_parts = tile.special ? all : with;
+  const int32_t in_parts = tile.special ? notes.keys.all() : notes.keys.with;
   const int32_t tiles = (in_parts + kKeys - 1) / kKeys;
   const int32_t each = (tiles + args.partial.parts - 1) / args.partial.parts * kKeys;
   const int32_t first = min(in_parts, part * each);
   attend<kKeys>(tile.special ? args.raw_key_rows : args.key_rows, first,
                 min(in_parts, first + each), state);
-  if (tile.special || with == all || part + 1 < args.partial.parts) return;
+  if (tile.special || notes.keys.without == 0 || part + 1 < args.partial.parts) return;
   __syncthreads();
   load_queries<false>(false);
-  attend<kShape.special_keys>(args.key_rows, with, all, state);
+  attend<kShape.special_keys>(args.key_rows, notes.keys.with, notes.keys.all(), state);
 }
 
 // Of the block's rows among the partial sums.
@@ -141,7 +136,8 @@ __global__ void __launch_bounds__(ForwardKernel<T, kDim, kWide, kGeneral>::kThre
   const int32_t index = static_cast<int32_t>(blockIdx.x) / args.partial.parts;
   const RowTile rows = find_tile(args.rows, index / args.rows.tiles, index % args.rows.tiles);
   if (rows.rows == 0) return;
-  const Kernel kernel(args, rows, shared);
+  const Kernel kernel(args, shared);
+  kernel.note(rows);
   typename Kernel::State state;
   kernel.run(static_cast<int32_t>(blockIdx.x) % args.partial.parts, state);
   const int64_t slot = first_slot(args);

@@ -33,6 +33,14 @@ struct ForwardArgs {
   PartialSums partial;
 };
 
+// What a block remembers in shared memory: the main loop has no registers for it.
+struct ForwardNotes {
+  RowTile tile;
+  int32_t key_head;
+  TokenCounts keys;
+};
+static_assert(sizeof(ForwardNotes) == kForwardNotes);
+
 template <typename T_, int kDim_, bool kWide_, bool kGeneral_>
 struct ForwardKernel {
   using T = T_;
@@ -43,6 +51,8 @@ struct ForwardKernel {
   static constexpr int kThreads = kShape.warps * kWarpSize;
   static constexpr int kRowTiles = kShape.row_tiles;
   static constexpr int kKeys = kShape.keys;
+  // No register is left to carry addresses through the main loop: they are computed anew.
+  static constexpr bool kShort = kDim >= 96;
 
   // A thread's part: of each of its warp's row tiles, rows lane / 4 (half 0) and lane / 4 + 8
   // (half 1), columns 2 * (lane % 4) + {0, 1} of every eight.
@@ -53,16 +63,18 @@ struct ForwardKernel {
   };
 
   const ForwardArgs& args;
-  const RowTile tile;
-  int32_t* const row_tokens;  // shared memory, as all of these
+  ForwardNotes& notes;  // shared memory, as the next four
+  const RowTile& tile;
+  int32_t* const row_tokens;
   uint32_t queries, keys, values;
   int lane, warp_row, warp_key;  // first row of the warp; first key of a tile
 
-  __device__ __forceinline__ ForwardKernel(const ForwardArgs& args, const RowTile& tile,
-                                           char* memory)
+  __device__ __forceinline__ ForwardKernel(const ForwardArgs& args, char* memory)
       : args(args),
-        tile(tile),
-        row_tokens(reinterpret_cast<int32_t*>(memory + forward_tile_bytes(kDim, kWide, kGeneral))),
+        notes(*reinterpret_cast<ForwardNotes*>(memory + forward_tile_bytes(kDim, kWide, kGeneral))),
+        tile(notes.tile),
+        row_tokens(reinterpret_cast<int32_t*>(memory + forward_tile_bytes(kDim, kWide, kGeneral) +
+                                              kForwardNotes)),
         queries(shared_address(memory)) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
     lane = static_cast<int>(threadIdx.x) % kWarpSize;
@@ -72,11 +84,13 @@ struct ForwardKernel {
     warp_key = kWide ? 0 : warp * kShape.warp_keys;
   }
 
-  // Neighbouring threads look up the tokens of neighbouring rows.
-  __device__ __forceinline__ void look_up_rows() const {
+  // What there is to know of the block. Neighbouring threads look up the tokens of neighbouring
+  // rows.
+  __device__ __forceinline__ void note(const RowTile& own) const {
     static_assert(kThreads >= kShape.rows);
     const auto row = static_cast<int32_t>(threadIdx.x);
-    if (row < tile.rows) row_tokens[row] = place_of(args.rows, tile, row).n;
+    if (row < own.rows) row_tokens[row] = place_of(args.rows, own, row).n;
+    if (row == 0) notes = {own, own.unit_head / args.key_group, args.keys.counts_of(own.b)};
     __syncthreads();
   }
   __device__ __forceinline__ RowPlace place_of_row(int32_t row) const {
@@ -120,6 +134,11 @@ struct ForwardKernel {
   __device__ __forceinline__ void finish_scores(const int32_t* tokens, int32_t first, int32_t count,
                                                 float (&s)[kRowTiles][kColumns][4],
                                                 State& state) const;
+
+  // Starts copies of the rows at places [place, last), as many as a tile has.
+  template <int kTile>
+  __device__ __forceinline__ void load(const TileRows& from, uint32_t to, int32_t place,
+                                       int32_t last) const;
 
   // The rows' pass over keys at places [first, last). All threads call it, after the queries are
   // in shared memory of this thread; the first barrier makes them visible.

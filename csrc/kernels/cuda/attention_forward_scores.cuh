@@ -18,17 +18,18 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::sco
     }
   }
   const bool second = kColumns > 2 || count > 8;
+  const int at = kShort ? afresh(lane) : lane;
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     uint32_t a[kRowTiles][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
-      load_matrices(a[m], left_address<kDim>(queries, warp_row + 16 * m, step));
+      load_matrices(a[m], left_address<kDim>(queries, warp_row + 16 * m, step, at));
     }
 #pragma unroll
     for (int n = 0; n < kColumns / 2; ++n) {
       uint32_t b[4];
-      load_matrices(b, right_address<kDim>(keys, warp_key + 16 * n, step));
+      load_matrices(b, right_address<kDim>(keys, warp_key + 16 * n, step, at));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) multiply_add<T>(s[m][2 * n], a[m], b[0], b[1]);
       if (!second) continue;
@@ -158,6 +159,7 @@ template <typename T_, int kDim_, bool kWide_, bool kGeneral_>
 template <int kColumns>
 __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::sum_values(
     const float (&s)[kRowTiles][kColumns][4], State& state) const {
+  const int at = kShort ? afresh(lane) : lane;
 #pragma unroll
   for (int step = 0; step < kColumns / 2; ++step) {
     uint32_t a[kRowTiles][4];
@@ -173,7 +175,7 @@ __device__ __forceinline__ void ForwardKernel<T_, kDim_, kWide_, kGeneral_>::sum
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       uint32_t b[4];
-      load_matrices_transposed(b, left_address<kDim>(values, warp_key + 16 * step, n));
+      load_matrices_transposed(b, left_address<kDim>(values, warp_key + 16 * step, n, at));
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         multiply_add<T>(state.out[m][2 * n], a[m], b[0], b[1]);

@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int32_t parts = args.partial.parts;
   const int32_t slots = args.partial.slots;
-  const int64_t blocks = slots / kMergeRows + (slots % kMergeRows != 0);  // of a unit
-  const int64_t unit = blockIdx.x / blocks;
-  const int32_t first = static_cast<int32_t>(blockIdx.x % blocks) * kMergeRows;
+  const int32_t blocks = slots / kMergeRows + (slots % kMergeRows != 0);  // of a unit
+  const auto block = static_cast<int32_t>(blockIdx.x);
+  const int32_t unit = block / blocks;
+  const int32_t first = block % blocks * kMergeRows;
   const int32_t rows = min(kMergeRows, slots - first);
-  const int64_t b = unit / (args.rows.heads / args.rows.group);
+  const int32_t b = unit / (args.rows.heads / args.rows.group);
   const int own = static_cast<int>(threadIdx.x);
   if (own < rows) places[own] = merge_row(args, unit, first + own);
   for (int i = static_cast<int>(threadIdx.x); i < parts * kMergeRows; i += kMergeThreads) {
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kMergeThreads)
     // Rows that nobody has written are there, but not used.
     if (row < rows) {
       part_lse[merge_offset(part, row)] =
-          args.partial.lse[(unit * parts + part) * slots + first + row];
+          args.partial.lse[(static_cast<int64_t>(unit) * parts + part) * slots + first + row];
     }
   }
   __syncthreads();
@@ -84,21 +85,26 @@ __global__ void __launch_bounds__(kMergeThreads)
     }
     T* const to = static_cast<T*>(args.out.data) + b * args.out.stride_b +
                   at.h * args.out.stride_h + at.n * args.out.stride_n;
+    const float* const sums =
+        args.partial.out +
+        (static_cast<int64_t>(unit) * parts * slots + first + i) * args.partial.width;
+    const int64_t pitch = static_cast<int64_t>(slots) * args.partial.width;  // of parts
     for (int32_t base = 0; base < args.value_dim; base += kWarpSize) {
       const int32_t c = base + lane;
       float x = 0.0f;
-      for (int32_t part = 0; part < parts; ++part) {
+      const float* from = sums + c;
+#pragma unroll 2
+      for (int32_t part = 0; part < parts; ++part, from += pitch) {
         const float factor = __shfl_sync(0xffffffffU, weight, part);
-        if (c >= args.value_dim) continue;
-        const int64_t slot = (unit * parts + part) * slots + first + i;
-        x = fmaf(args.partial.out[slot * args.partial.width + c], factor, x);
+        if (c < args.value_dim) x = fmaf(*from, factor, x);
       }
       if (c < args.value_dim) to[c * args.out.stride_d] = from_compute<T>(x * inverse);
     }
   }
   __syncthreads();
   if (own >= rows || places[own].n < 0) return;
-  args.lse[(b * args.rows.heads + places[own].h) * args.queries + places[own].n] = row_lse[own];
+  args.lse[(static_cast<int64_t>(b) * args.rows.heads + places[own].h) * args.queries +
+           places[own].n] = row_lse[own];
 }
 
 }  // namespace x_rope_cls::cuda
