@@ -15,6 +15,7 @@ _LEAST_SAMPLE_SECONDS = 2e-3  # shorter calls are repeated, so that the clock's 
 _MOST_CALLS = 2000
 _MOST_ROUNDS = 200
 _WARM_UP_SHARE = 0.1  # of the time for a row
+_LONG_SECONDS = 1.0  # calls of which the first is not slower than the others by a part that counts
 
 
 @dataclass
@@ -48,12 +49,18 @@ def take_turns(
     Args:
         sides: what to call, by name.
         seconds: for all sides and rounds together, warm-up included.
-        rounds: the least number of rounds, however long that takes.
+        rounds: the least number of rounds, however long that takes; of long calls the warm-up is one of them.
         flush: called in front of every call, outside the time; None: caches stay warm.
     """
     samples = {name: Samples(1) for name in sides}
     with _no_garbage_collection():
-        estimates = {name: _warm_up(run, _WARM_UP_SHARE * seconds / len(sides)) for name, run in sides.items()}
+        first = {name: _warm_up(run, _WARM_UP_SHARE * seconds / len(sides)) for name, run in sides.items()}
+        estimates = {name: wall for name, (wall, _) in first.items()}
+        if flush is None and min(estimates.values()) > _LONG_SECONDS:
+            rounds -= 1
+            for name, (wall, cpu) in first.items():
+                samples[name].wall.append(wall)
+                samples[name].cpu.append(cpu)
         if flush is None:
             for name, estimate in estimates.items():
                 samples[name].calls = min(_MOST_CALLS, max(1, math.ceil(_LEAST_SAMPLE_SECONDS / estimate)))
@@ -76,15 +83,15 @@ def _sample(run: Callable[[], Any], samples: Samples, flush: Callable[[], None] 
     samples.cpu.append(cpu / samples.calls)
 
 
-def _warm_up(run: Callable[[], Any], seconds: float) -> float:
-    """Calls for so long, at least once; returns the time of the fastest call."""
+def _warm_up(run: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Calls for so long, at least once; returns wall and processor time of the fastest call."""
     start = time.perf_counter()
-    best = math.inf
+    best = (math.inf, math.inf)
     while True:
-        before = time.perf_counter()
+        cpu, before = time.process_time(), time.perf_counter()
         run()
         now = time.perf_counter()
-        best = min(best, now - before)
+        best = min(best, (now - before, time.process_time() - cpu))
         if now - start >= seconds:
             return best
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +230,15 @@ def test_sides_take_turns() -> None:
     found = timing.take_turns(sides, 0.0, 2)
     assert found["a"].calls > 1  # too short for the clock
     assert calls.count("a") == 1 + 2 * found["a"].calls
+
+
+def test_warm_up_of_long_calls_counts(monkeypatch: Any) -> None:
+    monkeypatch.setattr(timing, "_LONG_SECONDS", 1e-3)
+    calls: list[str] = []
+    sides = {name: lambda name=name: (calls.append(name), time.sleep(2e-3)) for name in "ab"}
+    found = timing.take_turns(sides, 0.0, 3)
+    assert calls == ["a", "b"] * 3
+    assert all(len(s.wall) == len(s.cpu) == 3 and min(s.wall) >= 2e-3 for s in found.values())
 
 
 def test_quartiles() -> None:
