@@ -7,6 +7,7 @@
 #   make bench-native  micro-benchmarks of the kernels alone; needs Google Benchmark
 #   make sanitize  the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make cuda-report  what is known of the CUDA kernels without a GPU, into docs/cuda.md; needs nvcc
+#                     (CUDA_REPORT_FLAGS=--reuse: with the library as it was built for the last report)
 #   make test-next-torch  the binary built for one torch, tested on a later one
 #   make test-old-x-transformers  the adapter on the oldest x-transformers it supports
 
@@ -118,7 +119,7 @@ $(VENV)/.stamp-cuda: Makefile | $(VENV)/.stamp-test
 	@touch $@
 
 cuda-report: $(VENV)/.stamp-cuda $(VENV)/.stamp-build
-	PATH="$(abspath $(bin)):$$PATH" $(bin)/python tools/cuda_report.py --library-build build/cuda-report \
+	PATH="$(abspath $(bin)):$$PATH" MAX_JOBS=$(JOBS) $(bin)/python tools/cuda_report.py $(CUDA_REPORT_FLAGS) \
 	    --nvdisasm "$$(find $(VENV)/lib -name nvdisasm -type f | head -1)"
 
 # ---- the same binary on a later torch ------------------------------------------------------------

@@ -13,7 +13,7 @@ import cuda_sim
 import pytest
 
 ROOT = cuda_sim.ROOT
-BUILD = ROOT / "build" / "cuda-sm80"  # one architecture: `make cuda-report` has the same
+BUILD = ROOT / "build" / "cuda-sm80"  # one architecture; `make cuda-report` builds all
 
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not a source tree")
 needs_nvcc = pytest.mark.skipif(cuda_sim.missing() is not None, reason=str(cuda_sim.missing()))
