@@ -63,6 +63,12 @@ def test_first_of_equal_loops_is_the_main_one() -> None:
     assert cuda_sass.main_loop(sass) == range(2, 7)
 
 
+def test_loop_with_few_products_is_a_part_of_the_main_one() -> None:
+    outside = "        /*0070*/                   HMMA.16816.F32.BF16 R4, R8, R10, R4 ;\n"
+    (sass,) = cuda_sass.read_sass(SASS.replace(".L_x_2:\n", 4 * outside + ".L_x_2:\n")).values()
+    assert cuda_sass.main_loop(sass) == range(1, 12)  # 7 products, 2 of them in the inner loop
+
+
 def test_kernel_without_products_has_no_main_loop() -> None:
     (sass,) = cuda_sass.read_sass(SASS.replace("HMMA", "FFMA")).values()
     assert cuda_sass.main_loop(sass) is None
@@ -194,6 +200,16 @@ def test_comparison(registers: int, launch: Launch, verdict: str) -> None:
     assert cuda_occupancy.Comparison(A100, registers, launch, flash).verdict == verdict
 
 
+def test_rows_with_a_verdict() -> None:
+    rows: list[list[object]] = [
+        ["a", 1, "equal"],
+        ["b", 1, "A100: equal, H100: equal warps in fewer blocks"],
+        ["c", 1, "equal warps in fewer blocks"],
+    ]
+    assert cuda_report.rows_with(rows, "fewer blocks") == ["b on H100", "c"]
+    assert cuda_report.rows_with(rows, "fewer warps") == []
+
+
 def test_instances_that_differ_in_types_share_a_row() -> None:
     kernels = [Kernel(f"a_kernel<{name}>") for name in ("fp16, 256", "bf16, 256", "bf16, 32", "float, 32")]
     kernels += [Kernel("b_kernel<float, float>"), Kernel("b_kernel<double, double>"), Kernel("order_kernel")]
@@ -201,8 +217,8 @@ def test_instances_that_differ_in_types_share_a_row() -> None:
     assert rows == [
         ["`a_kernel<bf16/float, 32>`", 1, 2],
         ["`a_kernel<bf16/fp16, 256>`", 1, 3],
-        ["`b_kernel<double, double>`", 1, 3],
         ["`b_kernel<float, float>`", 1, 3],
+        ["`b_kernel<double, double>`", 1, 3],
         ["`order_kernel`", 1, 3],
     ]
 
@@ -223,7 +239,7 @@ def test_families() -> None:
     rows = {str(name).partition(":")[0]: (count, why) for name, count, why in cuda_families.family_rows(kernels)}
     count, why = rows["`simple_sums_kernel`"]
     assert count == 8
-    assert str(why).startswith("bf16, double, float, fp16: type of the elements, all four<br>1, 2: sums at a time")
+    assert str(why).startswith("bf16, fp16, float, double: type of the elements, all four<br>1, 2: sums at a time")
     with pytest.raises(AssertionError, match="new_kernel"):
         cuda_families.family_rows([*kernels, Kernel("new_kernel<float>")])
 
@@ -242,8 +258,8 @@ def test_least_work_is_that_of_the_products() -> None:
 
 
 def test_page() -> None:
-    page = "# Title\n<!-- a -->\nold\n<!-- end -->\n<!-- b -->\n<!-- end -->\n"
+    page = "# Title\n<!-- a -->\n<!-- end -->\n<!-- b -->\nold\n<!-- end -->\nrest\n"
     filled = cuda_report.filled(cuda_report.filled(page, "a", "new\\1"), "b", "more")
-    assert filled == "# Title\n<!-- a -->\nnew\\1\n<!-- end -->\n<!-- b -->\nmore\n<!-- end -->\n"
+    assert filled == "# Title\n<!-- a -->\nnew\\1\n<!-- end -->\n<!-- b -->\nmore\n<!-- end -->\nrest\n"
     with pytest.raises(AssertionError, match="one place for c, got 0"):
         cuda_report.filled(page, "c", "")

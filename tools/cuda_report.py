@@ -120,14 +120,11 @@ def table(head: list[str], rows: Iterable[list[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-TYPES = ("bf16", "fp16", "float", "double")
-
-
 def joined(rows: Iterable[tuple[Kernel, list[object]]]) -> list[list[object]]:
     """Rows in the order of their names; instances that differ in nothing but types share one."""
     groups: dict[tuple[object, ...], list[Kernel]] = defaultdict(list)
     for kernel, cells in rows:
-        shape = tuple("T" if argument in TYPES else argument for argument in kernel.arguments)
+        shape = tuple("T" if argument in cuda_families.TYPES else argument for argument in kernel.arguments)
         equal = (kernel.family, shape, *cells)
         groups[equal].append(kernel)
     found: list[tuple[list[object], list[object]]] = []
@@ -232,7 +229,28 @@ def occupancy_table(kernels: dict[str, Kernel]) -> str:
         cells = cuda_occupancy.comparison_row(registers, launch, flash)
         rows.append(([not forward, general, head_dim, kernel.name], [f"`{kernel.name}`", *cells]))
     head = ["kernel", "A100", "FlashAttention-2, A100", "H100", "FlashAttention-2, H100", "ours has"]
-    return table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+    ordered = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
+    verdicts = {
+        "Fewer warps": "fewer warps",
+        "Perhaps fewer warps, between FlashAttention-2's bounds": "within its bounds",
+        "As many warps in fewer blocks": "fewer blocks",
+    }
+    lines = [f"- {title}: {', '.join(rows_with(ordered, verdict)) or 'none'}." for title, verdict in verdicts.items()]
+    return "\n".join([*lines, "", table(head, ordered)])
+
+
+def rows_with(rows: list[list[object]], verdict: str) -> list[str]:
+    """Names of the rows whose last cell has that verdict, with the chip where it is of one."""
+    found = []
+    for name, *_, verdicts in rows:
+        chips = [
+            chip
+            for chip, _, v in (part.partition(": ") for part in str(verdicts).split(", "))
+            if verdict in (v or chip)
+        ]
+        if chips:
+            found.append(str(name) if ":" not in str(verdicts) else f"{name} on {' and '.join(chips)}")
+    return found
 
 
 def families_table(kernels: dict[str, Kernel]) -> str:
@@ -244,7 +262,7 @@ def families_table(kernels: dict[str, Kernel]) -> str:
 def library_line(built: Build) -> str:
     return (
         f"Library for {', '.join(built.architectures)}: {built.size / 2**20:.1f} MiB, built from nothing in "
-        f"{built.seconds / 60:.1f} minutes by {built.jobs} jobs."
+        f"{built.seconds / 60:.1f} minutes by {built.jobs} {'job' if built.jobs == 1 else 'jobs'}."
     )
 
 
@@ -252,7 +270,10 @@ def summary(kernels: dict[str, Kernel], simulated: Simulated) -> str:
     """The report's main figures."""
     architectures = list(next(iter(kernels.values())).resources)
     lines = [f"- {len(kernels)} kernel instances of {len(cuda_families.FAMILIES)} templates."]
-    spilling = {a: [f"`{k.name}`" for k in kernels.values() if k.resources[a].spills] for a in architectures}
+    spilling = {
+        a: [str(row[0]) for row in joined((k, []) for k in kernels.values() if k.resources[a].spills)]
+        for a in architectures
+    }
     lines += [f"- On {a} these spill registers: {', '.join(names)}." for a, names in spilling.items() if names]
     if not any(spilling.values()):
         lines += [f"- None of them spills a register, on {', '.join(architectures)}."]
@@ -274,9 +295,10 @@ def summary(kernels: dict[str, Kernel], simulated: Simulated) -> str:
 
 def filled(page: str, name: str, text: str) -> str:
     """The page with that text between `<!-- name -->` and the next `<!-- end -->`."""
-    places = re.split(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", page, flags=re.DOTALL)
-    assert len(places) == 2, f"docs/cuda.md must have one place for {name}, got {len(places) - 1}"
-    return f"{places[0]}{text}\n{places[1]}"
+    start = f"<!-- {name} -->\n"
+    assert page.count(start) == 1, f"docs/cuda.md must have one place for {name}, got {page.count(start)}"
+    before, _, rest = page.partition(start)
+    return f"{before}{start}{text}\n{rest[rest.index('<!-- end -->') :]}"
 
 
 def main() -> None:

@@ -243,14 +243,16 @@ def loops(sass: list[Instruction], opcode: str) -> list[range]:
 
 
 def main_loop(sass: list[Instruction], opcode: str = "HMMA") -> range | None:
-    """Of the innermost loops with products the one with most, and the first of these.
+    """The loop over tiles: of the innermost with at least half of the products that with most, the first of these.
 
-    The others are of tokens without a position, in narrower tiles, or equal and later; a loop around others is over
-    the heads of a group.
+    A loop around it is over the heads of a group, a loop with few products inside it is a part of a tile's work. Beside
+    it are loops over tokens without a position, in narrower tiles or equal and later.
     """
     found = loops(sass, opcode)
-    inner = [a for a in found if not any(b is not a and set(b) < set(a) for b in found)]
-    return max(inner, key=lambda a: sum(sass[i].opcode.startswith(opcode) for i in a), default=None)
+    products = {loop: sum(sass[i].opcode.startswith(opcode) for i in loop) for loop in found}
+    large = [loop for loop in found if 2 * products[loop] >= max(products.values())]
+    inner = [a for a in large if not any(b is not a and set(b) < set(a) for b in large)]
+    return max(inner, key=lambda loop: products[loop], default=None)
 
 
 def grouped(sass: list[Instruction], loop: range) -> Counter[str]:
