@@ -242,14 +242,12 @@ def occupancy_table(kernels: dict[str, Kernel]) -> str:
 def rows_with(rows: list[list[object]], verdict: str) -> list[str]:
     """Names of the rows whose last cell has that verdict, with the chip where it is of one."""
     found = []
-    for name, *_, verdicts in rows:
-        chips = [
-            chip
-            for chip, _, v in (part.partition(": ") for part in str(verdicts).split(", "))
-            if verdict in (v or chip)
-        ]
+    for name, *_, last in rows:
+        chips = re.findall(rf"(\w+): [^,]*{verdict}", str(last))
         if chips:
-            found.append(str(name) if ":" not in str(verdicts) else f"{name} on {' and '.join(chips)}")
+            found.append(f"{name} on {' and '.join(chips)}")
+        elif verdict in str(last):
+            found.append(str(name))
     return found
 
 
