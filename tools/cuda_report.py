@@ -53,14 +53,9 @@ class Build:
     log: str
 
 
-def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
+def run(*command: str | Path) -> str:
     result = subprocess.run(
-        [str(c) for c in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        env=environment,
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if result.returncode != 0:
         raise SystemExit(f"{' '.join(map(str, command))}:\n{result.stdout[-2000:]}")
@@ -75,14 +70,20 @@ def build(folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
     options = ["-DX_ROPE_CLS_CUDA=1", "-DX_ROPE_CLS_PYTHON=OFF", f"-DPython_EXECUTABLE={sys.executable}", "-G", "Ninja"]
     options += [f"-DCMAKE_CUDA_FLAGS=-Xptxas=-v --keep --keep-dir={kept}"]
+    options += [f"-DCMAKE_MAKE_PROGRAM={cuda_sim.which('ninja')}"]
     cmake = str(cuda_sim.which("cmake"))
-    ninja = f"-DCMAKE_MAKE_PROGRAM={cuda_sim.which('ninja')}"
-    configured = run(cmake, "-S", ROOT, "-B", folder, *options, ninja, environment=environment)
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    start = time.monotonic()
-    built = run(cmake, "--build", folder, "--parallel", jobs, "--target", "x_rope_cls_cuda", environment=environment)
-    seconds = time.monotonic() - start
-    (folder / "build.log").write_text(f"{configured}\n{built}\n{seconds:.0f} seconds by {jobs} jobs\n")
+    commands = [
+        [cmake, "-S", str(ROOT), "-B", str(folder), *options],
+        [cmake, "--build", str(folder), "--parallel", jobs, "--target", "x_rope_cls_cuda"],
+    ]
+    with open(folder / "build.log", "w") as log:
+        for command in commands:
+            start = time.monotonic()
+            result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+            if result.returncode != 0:
+                raise SystemExit(f"{' '.join(command)} failed, see {log.name}")
+        log.write(f"{time.monotonic() - start:.0f} seconds by {jobs} jobs\n")
 
 
 def read_build(folder: Path) -> Build:
