@@ -139,7 +139,7 @@ def joined(rows: Iterable[tuple[Kernel, list[object]]]) -> list[list[object]]:
             name = f"{kernels[0].family}<{', '.join(arguments)}>" if arguments else kernels[0].family
             order: list[object] = [
                 kernels[0].family,
-                *(cuda_families.natural(a) for a in [*arguments[1:], *arguments[:1]]),
+                *(cuda_families.natural(a.split("/")[0]) for a in [*arguments[1:], *arguments[:1]]),
             ]
             found.append((order, [f"`{name}`", *cells]))
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
