@@ -80,7 +80,7 @@ struct PlainKernel {
 };
 
 template <typename T, Sum kSum>
-__global__ void __launch_bounds__(kPlainThreads) plain_kernel(const PlainLaunch launch) {
+__global__ void __launch_bounds__(kPlainThreads, 1) plain_kernel(const PlainLaunch launch) {
   using Kernel = PlainKernel<T, kSum>;
   using C = Compute<T>;
   constexpr bool kOwnsQueries = kSum == Sum::kQueries;

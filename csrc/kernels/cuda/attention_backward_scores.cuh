@@ -99,7 +99,9 @@ __device__ __forceinline__ void BackwardKernel<T_, kDim_, kSum_, kGeneral_>::add
         for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const int column = 8 * n + 2 * (lane % 4) + c;
+            // Columns that are kept cost spills on sm_100; with 256 channels it is the other way.
+            const int mine = kDim <= 128 ? afresh(lane) : lane;
+            const int column = 8 * n + 2 * (mine % 4) + c;
             if (column >= rows) continue;
             const int32_t partner = partner_token(at + column);
             const int32_t query = kOwnsQueries ? owner : partner;
