@@ -142,7 +142,8 @@ struct TiledKernel {
                           args.dropout_threshold, 1.0f};
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const int row = y + 8 * i;
+      // Kept through the main loop, the places of the rows cost a spill on sm_100.
+      const int row = afresh(y) + 8 * i;
       const bool there = row < tile.rows;
       const RowPlace at = place_of(args.rows, tile, there ? row : 0);
       C largest = state.maximum[i];
