@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import cuda_sim
 import pytest
@@ -78,9 +79,18 @@ def test_memory_accesses_are_without_conflicts_and_gaps(simulator):
     assert rope["global"]["coalescing_percent"] > 99
 
 
+def assert_sectors_are_used(kernels: list[dict[str, Any]], expected: dict[str, int]) -> None:
+    """Of the sectors that each kernel moves, 99 % of the bytes: rows, lists of tokens, numbers beside rows."""
+    # A list, because two files may each have a kernel of one name.
+    used = [(kernel["name"], kernel["global"]["coalescing_percent"]) for kernel in kernels]
+    for name, count in expected.items():
+        assert sum(f"::{name}_kernel" in full for full, _ in used) == count, (name, used)
+    assert len(used) == sum(expected.values()), used
+    assert min(percent for _, percent in used) >= 99, used
+
+
 @pytest.mark.parametrize("special", [4, 5])
 def test_attention_uses_what_it_moves(simulator, special):
-    """Of the sectors that each kernel moves, 99 % of the bytes: rows, lists of tokens, numbers beside rows."""
     generator, tokens, head_dim = Generator(special), 1024, 64
     q, k, v, grad = (generator.normal(1, 1, tokens, head_dim, dtype=torch.bfloat16) for _ in range(4))
     leaves = [t.requires_grad_() for t in (q, k, v)]
@@ -88,13 +98,21 @@ def test_attention_uses_what_it_moves(simulator, special):
     with cuda_sim.simulated_cuda(stats=True) as running:
         torch.autograd.grad(rope_attention(*leaves, rotary, cls_rope="mask"), leaves, grad)
         kernels = running.stats()
-    used = {kernel["name"]: kernel["global"]["coalescing_percent"] for kernel in kernels}
-    # Forward wide and narrow, backward of keys and of queries, and one each of the others.
-    for name, count in {"forward": 2, "backward": 2, "merge": 1}.items():
-        assert sum(f"attention_{name}_kernel" in full for full in used) == count, used
-    for name in ("order", "pack", "stats", "finish"):
-        assert sum(f"{name}_kernel" in full for full in used) == 1, used
-    assert min(used.values()) >= 99, used
+    # Forward wide and narrow, backward of keys and of queries.
+    expected = {"attention_forward": 2, "attention_backward": 2, "attention_merge": 1}
+    assert_sectors_are_used(kernels, expected | dict.fromkeys(("order", "pack", "stats", "finish"), 1))
+
+
+def test_pooling_uses_what_it_moves(simulator):
+    generator, channels = Generator(0), 512
+    x = generator.normal(2, 1024, channels, dtype=torch.bfloat16).requires_grad_()
+    query = generator.normal(1, 8, 1, channels, dtype=torch.bfloat16).requires_grad_()
+    grad = generator.normal(2, 8, 1, channels, dtype=torch.bfloat16)
+    with cuda_sim.simulated_cuda(stats=True) as running:
+        torch.autograd.grad(late_cls_pool(x, query, scale=channels**-0.5), (x, query), grad)
+        kernels = running.stats()
+    once = ("forward_tiles", "merge", "backward_tiles", "merge_grads", "add_up")
+    assert_sectors_are_used(kernels, {"stack_rows": 2} | dict.fromkeys(once, 1))
 
 
 def test_a_report_is_the_text_of_the_exception(simulator):

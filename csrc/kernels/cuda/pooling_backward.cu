@@ -22,11 +22,12 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int64_t row = blockIdx.x / pieces;
   const int64_t c = static_cast<int64_t>(blockIdx.x % pieces) * kPoolThreads + threadIdx.x;
   const int64_t b = row / call.plan.rows, r = row % call.plan.rows;
-  const T* const stats = call.stats(b, 0, r);
+  const PoolStats<T>* const stats = call.stats(b, 0, r);
   T grads{0}, weights{0};
   for (int64_t s = threadIdx.x; s < call.plan.splits; s += kPoolThreads) {
-    grads += stats[2 * s];
-    weights += stats[2 * s + 1];
+    const PoolStats<T> own = stats[s];
+    grads += own.first;
+    weights += own.second;
   }
   grads = block_sum(grads, memory);
   weights = block_sum(weights, memory);

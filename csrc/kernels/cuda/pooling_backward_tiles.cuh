@@ -211,9 +211,8 @@ __global__ void __launch_bounds__(32 * kPoolBackwardWarps)
   store_split(call, place, 0, rows, tiles.channel, lane, grad_sums);
   if (plan.weighted) store_split(call, place, 1, rows, tiles.channel, lane, weight_sums);
   if (static_cast<int>(threadIdx.x) >= rows) return;
-  float* const stats = call.stats(place.b, place.split, first_row + threadIdx.x);
-  stats[0] = s.grad_sum[threadIdx.x];
-  stats[1] = s.weight_sum[threadIdx.x];
+  *call.stats(place.b, place.split, first_row + threadIdx.x) = {s.grad_sum[threadIdx.x],
+                                                                s.weight_sum[threadIdx.x]};
 }
 
 // dx where there are more rows than a group has: all groups for one tile after the other.

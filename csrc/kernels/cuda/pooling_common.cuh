@@ -14,6 +14,13 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr uint32_t kAllLanes = 0xffffffffU;
 
+// Two numbers of a row and a split, moved at once: apart, each would move sectors half of which it
+// does not use.
+template <typename T>
+struct alignas(2 * sizeof(T)) PoolStats {
+  T first, second;
+};
+
 // A backward call, or a forward call with only `forward` filled in.
 template <typename S>
 struct PoolCall {
@@ -33,9 +40,9 @@ struct PoolCall {
     return reinterpret_cast<T*>(memory + plan.sums) + at * p().channels;
   }
   // Forward: maximum (in units of log2) and sum of the weights. Backward: sums of scale * ds and p.
-  __device__ T* stats(int64_t b, int64_t split, int64_t row) const {
-    return reinterpret_cast<T*>(memory + plan.stats) +
-           ((b * plan.rows + row) * plan.splits + split) * 2;
+  __device__ PoolStats<T>* stats(int64_t b, int64_t split, int64_t row) const {
+    return reinterpret_cast<PoolStats<T>*>(memory + plan.stats) +
+           (b * plan.rows + row) * plan.splits + split;
   }
   // What a row of batch b adds to the gradients of query (0), weight (1) and bias (2).
   __device__ T* merged(int64_t what, int64_t b, int64_t row) const {

@@ -17,17 +17,18 @@ __global__ void __launch_bounds__(kPoolThreads)
   const PoolParams& p = call.p();
   const int64_t b = blockIdx.x / call.plan.rows, r = blockIdx.x % call.plan.rows;
   const int64_t splits = call.plan.splits;
-  const T* const stats = call.stats(b, 0, r);
+  const PoolStats<T>* const stats = call.stats(b, 0, r);
   T largest = -static_cast<T>(INFINITY);
   for (int64_t s = threadIdx.x; s < splits; s += kPoolThreads) {
-    largest = larger(largest, stats[2 * s]);
+    largest = larger(largest, stats[s].first);
   }
   largest = block_combine(largest, memory, [](T x, T y) { return larger(x, y); });
   const T shift = largest == -static_cast<T>(INFINITY) ? T{0} : largest;
   T sum{0};
   for (int64_t s = threadIdx.x; s < splits; s += kPoolThreads) {
-    factors[s] = power_of_two(stats[2 * s] - shift);
-    sum += factors[s] * stats[2 * s + 1];
+    const PoolStats<T> own = stats[s];
+    factors[s] = power_of_two(own.first - shift);
+    sum += factors[s] * own.second;
   }
   sum = block_sum(sum, memory);
   const bool none = sum == T{0};

@@ -227,9 +227,7 @@ __global__ void __launch_bounds__(32 * kPoolForwardWarps)
   const int64_t row = place.group * kPoolRows + threadIdx.x;
   const float largest = s.maximum[threadIdx.x], sum = s.sum[threadIdx.x];
   if (plan.splits > 1) {
-    float* const stats = call.stats(place.b, place.split, row);
-    stats[0] = largest;
-    stats[1] = sum;
+    *call.stats(place.b, place.split, row) = {largest, sum};
   } else {
     static_cast<float*>(p.lse)[place.b * plan.rows + row] = log_sum(largest, sum);
   }

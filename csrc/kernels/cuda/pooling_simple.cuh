@@ -86,10 +86,9 @@ __global__ void __launch_bounds__(kPoolThreads)
 template <typename S>
 __device__ void store_stats(const PoolCall<S>& call, int64_t row, Compute<S> first,
                             Compute<S> second, Compute<S> neutral) {
-  Compute<S>* const stats = call.stats(row / call.plan.rows, 0, row % call.plan.rows);
+  PoolStats<Compute<S>>* const stats = call.stats(row / call.plan.rows, 0, row % call.plan.rows);
   for (int64_t s = threadIdx.x; s < call.plan.splits; s += kPoolThreads) {
-    stats[2 * s] = s == 0 ? first : neutral;
-    stats[2 * s + 1] = s == 0 ? second : Compute<S>{0};
+    stats[s] = {s == 0 ? first : neutral, s == 0 ? second : Compute<S>{0}};
   }
 }
 

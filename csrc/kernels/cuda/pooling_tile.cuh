@@ -306,16 +306,18 @@ __global__ void __launch_bounds__(kPoolThreads)
   mean = warp_sum(mean);
   grad_offset = warp_sum(grad_offset);
   grad_mean = warp_sum(grad_mean);
-  if (lane != 0 || !there) return;
-  float* const constants = call.constants() + (b * plan.rows + r) * kPoolConstants;
-  constants[kScoreOffset] = offset * static_cast<float>(p.scale * kLog2E);
-  if (!backward) return;
-  const float per_channel =
-      p.norm == PoolNorm::kLayer ? 1.0F / static_cast<float>(p.channels) : 0.0F;
-  constants[kGradOffset] = grad_offset + call.lse_grad(b, r);
-  constants[kShift] = call.shift(b, r);
-  constants[kQueryMean] = mean * per_channel;
-  constants[kGradMean] = grad_mean * per_channel;
+  if (lane >= kPoolConstants || !there) return;
+  // A lane each, because together they are a whole sector.
+  float constant = lane == kScoreOffset ? offset * static_cast<float>(p.scale * kLog2E) : 0.0F;
+  if (backward) {
+    const float per_channel =
+        p.norm == PoolNorm::kLayer ? 1.0F / static_cast<float>(p.channels) : 0.0F;
+    if (lane == kGradOffset) constant = grad_offset + call.lse_grad(b, r);
+    if (lane == kShift) constant = call.shift(b, r);
+    if (lane == kQueryMean) constant = mean * per_channel;
+    if (lane == kGradMean) constant = grad_mean * per_channel;
+  }
+  call.constants()[(b * plan.rows + r) * kPoolConstants + lane] = constant;
 }
 
 template <typename S>
