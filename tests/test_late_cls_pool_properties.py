@@ -160,10 +160,12 @@ def test_norms_forget_what_they_are_meant_to(backend, norm, pool):
         close(pool(pool.x + 7.0), pool())
     x = pool.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(pool(x).square().sum(), x)
-    allowed = 1e-9 * max(1.0, gradient.abs().max().item())
-    assert (gradient * pool.x).sum(dim=-1).abs().max() < allowed
+    # A norm magnifies a token by what it divides by, and the rounding of what it divides by once more.
+    divisor = pool.x.std(dim=-1, correction=0) if norm == "layer" else pool.x.square().mean(dim=-1).sqrt()
+    allowed = 1e-9 * max(1.0, gradient.abs().max().item()) / divisor.clamp(max=1.0).square()
+    assert ((gradient * pool.x).sum(dim=-1).abs() < allowed).all()
     if norm == "layer":
-        assert gradient.sum(dim=-1).abs().max() < allowed
+        assert (gradient.sum(dim=-1).abs() < allowed).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
