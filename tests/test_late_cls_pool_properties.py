@@ -154,18 +154,20 @@ def test_a_query_may_grow_along_what_tokens_share(backend, pool):
 @hypothesis.given(pool=pools())
 def test_norms_forget_what_they_are_meant_to(backend, norm, pool):
     """Both forget a token's length, layer norm its mean too; and a gradient never points along what is forgotten."""
-    pool = Pool(pool.x, pool.query, pool.norm | {"norm": norm, "norm_eps": 0.0})
+    # Rounding is magnified by what a token is divided by: tokens that are all but constant, or 0, are not among these.
+    divisor = pool.x.std(-1, correction=0) if norm == "layer" else pool.x.square().mean(-1).sqrt()
+    ramp = torch.linspace(-1.0, 1.0, pool.x.shape[-1], dtype=pool.x.dtype)
+    x = torch.where(divisor[..., None] < 0.1, ramp, pool.x)
+    pool = Pool(x, pool.query, pool.norm | {"norm": norm, "norm_eps": 0.0})
     close(pool(3.0 * pool.x), pool())
     if norm == "layer":
         close(pool(pool.x + 7.0), pool())
     x = pool.x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(pool(x).square().sum(), x)
-    # A norm magnifies a token by what it divides by, and the rounding of what it divides by once more.
-    divisor = pool.x.std(dim=-1, correction=0) if norm == "layer" else pool.x.square().mean(dim=-1).sqrt()
-    allowed = 1e-9 * max(1.0, gradient.abs().max().item()) / divisor.clamp(max=1.0).square()
-    assert ((gradient * pool.x).sum(dim=-1).abs() < allowed).all()
+    allowed = 1e-9 * max(1.0, gradient.abs().max().item())
+    assert (gradient * pool.x).sum(dim=-1).abs().max() < allowed
     if norm == "layer":
-        assert (gradient.sum(dim=-1).abs() < allowed).all()
+        assert gradient.sum(dim=-1).abs().max() < allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -73,9 +73,8 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
 }
 
 // Tokens that are rotated together, head by head. Memory is read as it lies: where heads are inside
-// tokens, one token after the other. Otherwise from all heads by turns, in pieces so short that all
-// of them stay known to the prefetcher: it lost them at twice and more the bytes, and at less than
-// half a piece is too short.
+// tokens, one token after the other. Otherwise from all heads by turns, in short pieces: with twice
+// the bytes and more, the prefetcher loses track of the heads; with half, a little is lost too.
 template <typename S>
 X_ROPE_CLS_INLINE int64_t group_of(const RopeParams& p) {
   if (p.x.stride_h <= p.x.stride_n) return 1;
