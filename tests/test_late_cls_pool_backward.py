@@ -67,6 +67,18 @@ def test_channels(C):
     check_pool_backward(model_case(2, 300, C, torch.bfloat16))
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("C", [*range(1, 10), 12])
+def test_what_a_norm_of_few_channels_leaves(C, dtype, norm):
+    """In few dimensions a normalised token's gradient is a small difference of large terms."""
+    for N in (1, 2, 64):
+        for plain in (False, True):
+            case = model_case(64, N, C, dtype, norm, heads=1, queries=1)
+            case = replace(case, norm_weight=None, norm_bias=None) if plain else case
+            check_pool_backward(case)
+
+
 @pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 31, 33, 64, 128, 129, 150])
 def test_rows(rows):
     check_pool_backward(model_case(2, 19, 20, torch.float64, heads=1, queries=rows))

@@ -203,8 +203,9 @@ void check_plan(Random& random, bool backward, Checker& checker) {
   const bool half = size_of(p.dtype) == 2;
   const bool any = plan.rows > 0 && p.tokens > 0;
   const bool large = device.shared_per_block > 110000;
+  const bool few = backward && p.norm != PoolNorm::kNone && p.channels < 8;
   checker.holds("tensor cores for 16-bit tokens",
-                plan.tensor_cores == (half && any) || !half || !large || p.channels > 1024);
+                plan.tensor_cores == (half && any && !few) || !half || !large || p.channels > 1024);
   checker.holds("no tensor cores for others", half || !plan.tensor_cores);
   checker.holds("shared memory",
                 !plan.tensor_cores || plan.shared_bytes <= device.shared_per_block);

@@ -20,7 +20,7 @@ namespace x_rope_cls::cuda {
 namespace {
 
 // Adds up four rows of both kinds of scores and makes p and scale * ds of them. What is summed up
-// of ds is rounded as the products see it, so that what remains of their sum is known exactly.
+// of them is rounded as the products see it, so that what remains of a product is known exactly.
 template <typename S>
 __device__ void score_grads(const BackwardShared& s, int first_row, int lane, int warps,
                             const PoolParams& p, uint32_t counts) {
@@ -43,15 +43,16 @@ __device__ void score_grads(const BackwardShared& s, int first_row, int lane, in
     const bool is_there = (counts >> (token + 8 * i) & 1) != 0;
     const float weight = is_there ? exp2f(score[i] * log_scale + offset) : 0.0F;
     const S grad = from_compute<S>(is_there ? weight * (other[i] + grad_offset) * scale : 0.0F);
+    const S rounded_weight = from_compute<S>(weight);
     const uint32_t at = weight_offset(row, token + 8 * i);
     *reinterpret_cast<S*>(s.weights + at) = grad;
-    *reinterpret_cast<S*>(s.weights + kWeightBytes + at) = from_compute<S>(weight);
-    const float rounded = to_compute(grad);
+    *reinterpret_cast<S*>(s.weights + kWeightBytes + at) = rounded_weight;
+    const float rounded = to_compute(grad), summed = to_compute(rounded_weight);
     grad_sum += rounded;
     weight_sum += weight;
     if (p.norm == PoolNorm::kNone) continue;
-    float level = weight * s.constant(kGradMean, row) + rounded * s.constant(kQueryMean, row);
-    float along = (weight * other[i] + rounded * score[i]) / static_cast<float>(p.channels);
+    float level = summed * s.constant(kGradMean, row) + rounded * s.constant(kQueryMean, row);
+    float along = (summed * other[i] + rounded * score[i]) / static_cast<float>(p.channels);
 #pragma unroll
     for (int by = 8; by < 32; by *= 2) {
       level += __shfl_xor_sync(kAllLanes, level, by);

@@ -21,6 +21,10 @@ inline constexpr int kPoolBackwardWarps = 16;  // 1,024 channels
 inline constexpr int kPoolForwardSlab = 128;
 inline constexpr int kPoolBackwardSlab = 64;
 inline constexpr int kPoolMostStages = 3;
+// The gradient of a normalised token is what is left once its part along the token is taken away:
+// in a few dimensions next to nothing, and less than rounding of 16-bit tokens. Fewer channels
+// than these take the kernels that normalise in float32.
+inline constexpr int kPoolLeastNormalised = 8;
 inline constexpr int64_t kPoolMostSplits = 256;
 // Rows and tokens that a block of the kernels without tensor cores sums up at once.
 inline constexpr int kPoolSimpleRows = 8;
@@ -89,7 +93,8 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
   }
   plan.shared_bytes = pool_shared_bytes(warps, plan.stages, backward);
   plan.padded = warps * slab;
-  plan.tensor_cores = half && plan.rows > 0 && p.tokens > 0 &&
+  const bool cancels = backward && plan.normalised && p.channels < kPoolLeastNormalised;
+  plan.tensor_cores = half && plan.rows > 0 && p.tokens > 0 && !cancels &&
                       warps <= (backward ? kPoolBackwardWarps : kPoolForwardWarps) &&
                       plan.shared_bytes <= device.shared_per_block;
   if (plan.tensor_cores) {
