@@ -229,10 +229,24 @@ def test_sides_take_turns() -> None:
     calls.clear()
     found = timing.take_turns(sides, 0.0, 2)
     assert found["a"].calls > 1  # too short for the clock
-    assert calls.count("a") == 1 + 2 * found["a"].calls
+    in_rounds = calls[2:]
+    assert in_rounds[0] == "a"
+    untimed = in_rounds.index("b") - found["a"].calls
+    assert untimed > 1  # they fetch what the side before has put out of the caches
+    assert calls.count("a") == 1 + 2 * (untimed + found["a"].calls)
+
+
+def test_caches_make_no_difference_to_long_calls(monkeypatch: Any) -> None:
+    monkeypatch.setattr(timing, "_CACHED_SECONDS", 1e-3)
+    calls: list[str] = []
+    sides = {name: lambda name=name: (calls.append(name), time.sleep(2e-3)) for name in "ab"}
+    found = timing.take_turns(sides, 0.0, 3)
+    assert all(s.calls == 1 for s in found.values())
+    assert calls == ["a", "b"] * 4
 
 
 def test_warm_up_of_long_calls_counts(monkeypatch: Any) -> None:
+    monkeypatch.setattr(timing, "_CACHED_SECONDS", 1e-3)
     monkeypatch.setattr(timing, "_LONG_SECONDS", 1e-3)
     calls: list[str] = []
     sides = {name: lambda name=name: (calls.append(name), time.sleep(2e-3)) for name in "ab"}
