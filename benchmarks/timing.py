@@ -16,7 +16,7 @@ _MOST_CALLS = 2000
 _MOST_ROUNDS = 200
 _WARM_UP_SHARE = 0.1  # of the time for a row
 _CACHED_SECONDS = 0.05  # what a longer call finds in the caches makes no difference
-_REWARM_SECONDS = 5e-3  # until short calls are as fast as they get, after a side that emptied the caches
+_REWARM_SECONDS = 10e-3  # until short calls are as fast as they get, after a side that emptied the caches
 _LONG_SECONDS = 1.0  # calls of which the first is not slower than the others by a part that counts
 
 

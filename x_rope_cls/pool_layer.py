@@ -54,8 +54,8 @@ def pool_layer(
         if not reasons:
             scale = key_dim**-0.5 if scale is None else scale
             cyclic = head_order == "cyclic"
-            out, _ = projected.pool_projected(x, queries[:, :, None], weights, heads, cyclic, key_mask, None, scale)
-            return Pooled(out[:, :, 0], None, None)
+            out, _ = projected.pool_projected(x, queries.unsqueeze(2), weights, heads, cyclic, key_mask, None, scale)
+            return Pooled(out.squeeze(2), None, None)
     pooled = pool_attention(
         x,
         F.linear(queries, weights.q).unflatten(-1, (heads, -1)),
