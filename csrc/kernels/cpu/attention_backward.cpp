@@ -8,6 +8,7 @@
 // where both tokens have a position and in the raw space elsewhere.
 #include "attention_backward_rows.h"
 
+#include "ahead.h"
 #include "isa.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -47,18 +48,18 @@ Stretch<U> make_stretch(const BackwardPlan<U>& plan, const Keys& keys, const Row
 }
 
 // C = A B for the panels of a stretch; B's panels are [panel][depth][column].
-template <typename U>
+template <typename U, typename F>
 X_ROPE_CLS_INLINE void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const U* a,
                                        int64_t a_stride, const U* panels, Sum<U>* c,
-                                       int64_t c_stride) {
+                                       int64_t c_stride, F&& beside) {
   for (int64_t j = 0; j < columns;) {
     const int64_t width = min_of<int64_t>(2 * kLanes<Sum<U>>, columns - j);
     if (width == 2 * kLanes<Sum<U>>) {
       multiply_panel<U, Left::kByRow, false, 2>(rows, depth, a, a_stride, panels + j * depth, width,
-                                                c + j, c_stride);
+                                                c + j, c_stride, beside);
     } else {
       multiply_panel<U, Left::kByRow, false, 1>(rows, depth, a, a_stride, panels + j * depth, width,
-                                                c + j, c_stride);
+                                                c + j, c_stride, beside);
     }
     j += width;
   }
@@ -141,9 +142,9 @@ void differentiate_block(const BackwardPlan<U>& plan, const Member& member, cons
 
 // Everything one block of keys and one block of rows owe each other. The order of dQ's sums is kept
 // by `turn`, the number of key blocks already added to these rows.
-template <typename U>
+template <typename U, typename F>
 void meet(const BackwardPlan<U>& plan, const Member& member, const Keys& keys, const Rows& rows,
-          const HeadMemory<U>& head, const WorkerMemory<U>& w, Counter& turn) {
+          const HeadMemory<U>& head, const WorkerMemory<U>& w, Counter& turn, F&& beside) {
   constexpr int64_t kWide = 2 * kLanes<Sum<U>>;
   const int64_t stacked = ceil_div(rows.count, kTogether<U>);
   Stretch<U> stretches[2];
@@ -155,21 +156,22 @@ void meet(const BackwardPlan<U>& plan, const Member& member, const Keys& keys, c
   for (int i = 0; i < count; ++i) {
     const Stretch<U>& s = stretches[i];
     multiply_panels(rows.count, s.columns, plan.key_depth, s.q, plan.key_stride, s.keys_across,
-                    w.scores + s.at, plan.score_stride);
+                    w.scores + s.at, plan.score_stride, beside);
     multiply_panels(rows.count, s.columns, plan.value_depth,
                     head.grad_out + rows.first * plan.value_stride, plan.value_stride,
-                    w.values_across + s.at * plan.value_depth, w.grads + s.at, plan.score_stride);
+                    w.values_across + s.at * plan.value_depth, w.grads + s.at, plan.score_stride,
+                    beside);
   }
   differentiate_block(plan, member, keys, rows, head, w);
   multiply<U, Left::kByColumn, true>(
       keys.last - keys.first, plan.value_width, stacked, w.scores_stack, plan.score_stride,
       head.grad_out_stack + stack_start(plan, rows) * plan.value_width, plan.value_width, kWide,
-      w.dv, plan.value_width);
+      w.dv, plan.value_width, beside);
   for (int i = 0; i < count; ++i) {
     const Stretch<U>& s = stretches[i];
     multiply<U, Left::kByColumn, true>(s.columns, plan.key_width, stacked, w.grads_stack + s.at,
                                        plan.score_stride, s.q_stack, plan.key_width, kWide, s.dk,
-                                       plan.key_width);
+                                       plan.key_width, beside);
   }
   wait_until(turn, keys.block);
   for (int i = 0; i < count; ++i) {
@@ -177,7 +179,7 @@ void meet(const BackwardPlan<U>& plan, const Member& member, const Keys& keys, c
     multiply<U, Left::kByRow, true>(rows.count, plan.key_width, s.columns / kTogether<U>,
                                     reinterpret_cast<const U*>(w.grads) + s.at / kTogether<U>,
                                     plan.score_stride, s.keys, plan.key_width, kWide, s.dq,
-                                    plan.key_width);
+                                    plan.key_width, beside);
   }
 }
 
@@ -202,7 +204,8 @@ void pack_task(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t local
 
 template <typename S>
 void key_task(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t block,
-              const SlotMemory<Operand<S>>& slot, const WorkerMemory<Operand<S>>& w) {
+              const SlotMemory<Operand<S>>& slot, const WorkerMemory<Operand<S>>& w,
+              Ahead<S>& ahead) {
   using U = Operand<S>;
   for (int64_t i = 0; i < plan.members; i += plan.group) {
     const Member first = member_of(plan, unit, i);
@@ -216,12 +219,63 @@ void key_task(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t block,
       for (int64_t r = 0; r < plan.row_blocks; ++r) {
         const Rows rows = rows_of(plan, member.b, r);
         if (rows.count == 0) continue;
-        meet(plan, member, keys, rows, head, w, head.turns[r]);
+        meet(plan, member, keys, rows, head, w, head.turns[r], ahead);
         if (keys.last == keys.columns.total) store_rows<S>(plan, member, rows, head, w);
         add(head.turns[r], 1);
       }
     }
     store_keys<S>(plan, keys, w);
+  }
+}
+
+// What a unit stores, and what the next one reads (next: -1 if there is none); of its first head.
+template <typename S>
+Ahead<S> ahead_of(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t next) {
+  using T = Compute<S>;
+  const AttentionBackwardParams& g = *plan.g;
+  const AttentionParams& p = g.forward;
+  Ahead<S> ahead;
+  const auto add_keys = [&](const Member& m, const Tensor4& t, int64_t channels) {
+    const Split keys = plan.keys.of(m.b);
+    ahead.add(t, m.b, m.kv, keys.index, keys.ordinary + keys.special, channels);
+  };
+  const auto add_rows = [&](const Member& m, const Tensor4& t, int64_t channels) {
+    const Split rows = plan.queries.of(m.b);
+    ahead.add(t, m.b, m.h, rows.index, rows.ordinary + rows.special, channels);
+  };
+  const Member own = member_of(plan, unit, 0);
+  add_keys(own, g.dk, p.head_dim);
+  add_keys(own, g.dv, p.value_dim);
+  add_rows(own, g.dq, p.head_dim);
+  if (next >= 0) {
+    const Member member = member_of(plan, next, 0);
+    add_rows(member, p.q, p.head_dim);
+    add_rows(member, g.grad_out, p.value_dim);
+    add_rows(member, p.out, p.value_dim);
+    add_keys(member, p.k, p.head_dim);
+    add_keys(member, p.v, p.value_dim);
+  }
+  constexpr int64_t kRows = VecTraits<T>::kTileRows;
+  constexpr int64_t kWide = 2 * kLanes<T>;
+  const int64_t panels = ceil_div(plan.key_width, kWide);
+  ahead.spread(plan.members * (p.queries / kRows * (2 * (p.keys / kWide) + panels) +
+                               plan.row_blocks * (p.keys / kRows) * 2 * panels));
+  return ahead;
+}
+
+// Units [first, last), one after the other.
+template <typename S>
+void run_units(const BackwardMemory<Operand<S>>& m, int64_t first, int64_t last, int64_t worker) {
+  const BackwardPlan<Operand<S>>& plan = m.plan;
+  const SlotMemory<Operand<S>>& slot = m.slots[worker];
+  for (int64_t unit = first; unit < last; ++unit) {
+    for (int64_t i = 0; i < plan.members * plan.row_blocks; ++i) {
+      pack_task<S>(plan, unit, i, slot, m.workers[worker]);
+    }
+    Ahead<S> ahead = ahead_of<S>(plan, unit, unit + 1 < last ? unit + 1 : -1);
+    for (int64_t i = 0; i < plan.key_blocks; ++i) {
+      key_task<S>(plan, unit, i, slot, m.workers[worker], ahead);
+    }
   }
 }
 
@@ -236,6 +290,13 @@ void backward_typed(const AttentionBackwardParams& g, const Parallel& parallel, 
   for (int64_t i = 0; i < plan.slots; ++i) m.slots[i].packed->value = m.slots[i].done->value = 0;
   const int64_t packs = plan.members * plan.row_blocks;
   const int64_t per_unit = packs + plan.key_blocks;
+  if (plan.units >= kHeadsPerWorker * plan.workers) {
+    run_in_runs(parallel, plan.workers, plan.units,
+                [&](int64_t first, int64_t last, int64_t worker) {
+                  run_units<S>(m, first, last, worker);
+                });
+    return;
+  }
   run_tasks(parallel, plan.workers, plan.units * per_unit, [&](int64_t task, int64_t worker) {
     const int64_t unit = task / per_unit;
     const int64_t local = task % per_unit;
@@ -247,7 +308,8 @@ void backward_typed(const AttentionBackwardParams& g, const Parallel& parallel, 
       add(*slot.packed, 1);
     } else {
       wait_until(*slot.packed, (round + 1) * packs);
-      key_task<S>(plan, unit, local - packs, slot, m.workers[worker]);
+      Ahead<S> nothing;
+      key_task<S>(plan, unit, local - packs, slot, m.workers[worker], nothing);
       add(*slot.done, 1);
     }
   });

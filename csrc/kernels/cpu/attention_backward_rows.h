@@ -31,10 +31,10 @@ void pack_query(const BackwardPlan<Operand<S>>& plan, const Member& member, int6
                 Operand<S>* to, const WorkerMemory<Operand<S>>& scratch) {
   using T = Compute<S>;
   const AttentionParams& p = plan.g->forward;
+  T* const row = packed_in<Operand<S>>(to, scratch.rows);
   pack_row<S>(p, p.q, p.table_q, member.b, member.h, n, p.head_dim, plan.key_width, turned,
-              static_cast<T>(p.scale * kLog2E), scratch.rows, scratch.table);
-  const auto* row = OperandTraits<Operand<S>>::round_row(scratch.rows, plan.key_width);
-  for (int64_t d = 0; d < plan.key_stride; ++d) to[d] = row[d];
+              static_cast<T>(p.scale * kLog2E), row, scratch.table);
+  round_into(row, plan.key_width, to);
 }
 
 // A row of the output's gradient as operands, and its product with the output.
@@ -44,15 +44,18 @@ Compute<S> pack_grad(const BackwardPlan<Operand<S>>& plan, const Member& member,
   using T = Compute<S>;
   const AttentionBackwardParams& g = *plan.g;
   const AttentionParams& p = g.forward;
-  T* grad_out = scratch.rows;
+  T* grad_out = packed_in<Operand<S>>(to, scratch.rows);
   T* out = scratch.rows + plan.value_width;
   pack_row<S>(p, g.grad_out, p.table_q, member.b, member.h, n, p.value_dim, plan.value_width, false,
               T{1}, grad_out, scratch.table);
   load_row(row_at<const S>(p.out, member.b, member.h, n), p.out.stride_d, p.value_dim, out);
-  T delta = T{0};
-  for (int64_t d = 0; d < p.value_dim; ++d) delta += grad_out[d] * out[d];
-  const auto* row = OperandTraits<Operand<S>>::round_row(grad_out, plan.value_width);
-  for (int64_t d = 0; d < plan.value_stride; ++d) to[d] = row[d];
+  for (int64_t d = p.value_dim; d < plan.value_width; ++d) out[d] = T{0};
+  Vec<T> products{};
+  for (int64_t d = 0; d < plan.value_width; d += kLanes<T>) {
+    products += load<T>(grad_out + d) * load<T>(out + d);
+  }
+  const T delta = sum_lanes<T>(products);
+  round_into(grad_out, plan.value_width, to);
   if (g.grad_lse == nullptr) return delta;
   return delta - static_cast<const T*>(
                      g.grad_lse)[member.b * g.grad_lse_stride_b + member.h * g.grad_lse_stride_h +

@@ -17,6 +17,10 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
+// So many heads for each worker and more are handed out whole: one worker does all that belongs to a
+// head, and finds in its caches what it has packed. Fewer are cut, so that all workers have work.
+constexpr int64_t kHeadsPerWorker = 8;
+
 // -------------------------------------------------------------------------------------------------
 // Partition. A softmax does not care about the order of its keys, so those with a position
 // ("ordinary") and those without ("special") are sorted apart; no tile is mixed.
@@ -231,9 +235,16 @@ X_ROPE_CLS_INLINE void pack_row(const AttentionParams& p, const Tensor4& x, cons
                                 bool rotated, Compute<S> scale, Compute<S>* to,
                                 Compute<S>* table_buffer) {
   using T = Compute<S>;
-  load_row(row_at<const S>(x, b, h, n), x.stride_d, channels, to);
+  const S* const row = row_at<const S>(x, b, h, n);
+  const T* from = to;
+  int64_t turned = rotated ? 2 * p.pairs : 0;  // channels that rotation writes
+  if constexpr (__is_same(S, T)) {
+    if (x.stride_d == 1) from = row;
+  }
+  if (from == to) turned = 0;
+  load_row(row + turned * x.stride_d, x.stride_d, channels - turned, to + turned);
   if (rotated) {
-    rotate_row(to, to, table_row<T>(t, b, h, n, p.pairs, table_buffer), p.pairs, p.interleaved,
+    rotate_row(from, to, table_row<T>(t, b, h, n, p.pairs, table_buffer), p.pairs, p.interleaved,
                false);
   }
   if (scale != T{1}) {

@@ -7,6 +7,7 @@
 // from one counter; a ring of packed heads bounds the memory.
 #include "attention_forward.h"
 
+#include "ahead.h"
 #include "isa.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -52,6 +53,12 @@ void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, co
     for (int64_t r = 0; r < kRows; ++r) {
       T* row = scratch.rows + r * plan.value_width;
       const int64_t n = token_at(columns, split, c + r);
+      if constexpr (__is_same(S, Operand<S>)) {
+        if (n >= 0 && plan.values_in_place) {
+          rows[r] = row_at<const S>(p.v, b, h, n);
+          continue;
+        }
+      }
       if (n >= 0) {
         pack_row<S>(p, p.v, p.table_k, b, h, n, p.value_dim, plan.value_width, false, T{1}, row,
                     scratch.table);
@@ -126,13 +133,11 @@ void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bo
   using U = Operand<S>;
   const AttentionParams& p = *plan.p;
   const T scale = static_cast<T>(p.scale * kLog2E);
-  const auto round = [&](T* from, U* to) {
-    const U* row = OperandTraits<U>::round_row(from, plan.key_width);
-    for (int64_t d = 0; d < plan.key_stride; ++d) to[d] = row[d];
-  };
-  T* const row = s.rows;
-  T* const raw = s.rows + plan.key_width;
   for (int64_t r = 0; r < block.rows; ++r) {
+    U* const query = s.query + r * plan.key_stride;
+    U* const query_raw = raw_too ? s.query_raw + r * plan.key_stride : nullptr;
+    T* const row = packed_in<U>(query, s.rows);
+    T* const raw = packed_in<U>(query_raw, s.rows + plan.key_width);
     const int64_t n = block.index[r];
     const bool turned = block.ordinary && turns(p, p.table_q, block.b, n);
     pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width,
@@ -143,16 +148,17 @@ void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bo
         rotate_row(raw, row, table_row<T>(p.table_q, block.b, block.h, n, p.pairs, s.table),
                    p.pairs, p.interleaved, false);
       }
-      round(raw, s.query_raw + r * plan.key_stride);
+      round_into(raw, plan.key_width, query_raw);
     }
-    round(row, s.query + r * plan.key_stride);
+    round_into(row, plan.key_width, query);
   }
 }
 
 // Scores of all rows with the keys in columns [first, last).
-template <typename U>
+template <typename U, typename F>
 void score_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
-                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s) {
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s,
+                 F&& beside) {
   using T = Sum<U>;
   const int64_t d = plan.depth;
   for (int64_t c = first; c < last;) {
@@ -164,10 +170,10 @@ void score_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
     T* scores = s.scores + (c - first);
     if (panel.width == 2 * kLanes<T>) {
       multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
-                                                panel.width, scores, plan.score_stride);
+                                                panel.width, scores, plan.score_stride, beside);
     } else {
       multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
-                                                panel.width, scores, plan.score_stride);
+                                                panel.width, scores, plan.score_stride, beside);
     }
     c += panel.columns;
   }
@@ -261,7 +267,7 @@ void store_block(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
 
 template <typename S>
 void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
-                  const RowBlock& block, const RowScratch<Operand<S>>& s) {
+                  const RowBlock& block, Ahead<S>& ahead, const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
   using U = Operand<S>;
   constexpr int64_t kWide = 2 * kLanes<T>;
@@ -273,7 +279,9 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
   } else {
     pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
   }
-  for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
+  if (columns.total == 0) {
+    for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
+  }
   for (int64_t r = 0; r < block.rows; ++r) {
     s.maximum[r] = -kInfinity<T>;
     s.sum[r] = T{0};
@@ -285,14 +293,22 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
     if (apart) {
       score_apart<S>(plan, columns, split, block, first, last, s);
     } else {
-      score_block(plan, columns, head, block, first, last, s);
+      score_block(plan, columns, head, block, first, last, s, ahead);
     }
     soften_block(plan, columns, split, block, first, last, s);
     const int64_t weights = min_of(last, end) - first;  // without the padding behind the last key
-    multiply<U, Left::kByRow, true>(block.rows, plan.value_width, ceil_div(weights, kTogether<U>),
-                                    reinterpret_cast<const U*>(s.scores), plan.score_stride,
-                                    head.values + first / kTogether<U> * kWide, kWide,
-                                    columns.total / kTogether<U> * kWide, s.out, plan.value_width);
+    const auto sum_values = [&](auto accumulate) {
+      multiply<U, Left::kByRow, decltype(accumulate)::value>(
+          block.rows, plan.value_width, ceil_div(weights, kTogether<U>),
+          reinterpret_cast<const U*>(s.scores), plan.score_stride,
+          head.values + first / kTogether<U> * kWide, kWide, columns.total / kTogether<U> * kWide,
+          s.out, plan.value_width, ahead);
+    };
+    if (first == 0) {
+      sum_values(std::false_type{});
+    } else {
+      sum_values(std::true_type{});
+    }
     first = last;
   }
   store_block<S>(plan, block, s);
@@ -337,8 +353,54 @@ void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) 
   } else {
     wait_until(*head.packed, (round + 1) * plan.packs);
     const RowBlock block = find_rows(plan, unit, local - plan.packs);
-    if (block.rows > 0) attend_block<S>(plan, head, block, m.scratch[worker]);
+    Ahead<S> nothing;
+    if (block.rows > 0) attend_block<S>(plan, head, block, nothing, m.scratch[worker]);
     add(*head.attended, 1);
+  }
+}
+
+// What block `i` of a head stores, and what the same worker reads next: the next block's rows, and a
+// share of the next head's keys and values (next: -1 if there is none).
+template <typename S>
+Ahead<S> ahead_of(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, int64_t i,
+                  int64_t next) {
+  using T = Compute<S>;
+  const AttentionParams& p = *plan.p;
+  Ahead<S> ahead;
+  ahead.add(p.out, block.b, block.h, block.index, block.rows, p.value_dim);
+  const bool last = i + 1 == plan.attends;
+  if (!last || next >= 0) {
+    const RowBlock rows = last ? find_rows(plan, next, 0) : find_rows(plan, block.unit, i + 1);
+    ahead.add(p.q, rows.b, rows.h, rows.index, rows.rows, p.head_dim);
+  }
+  if (next >= 0) {
+    const int64_t b = next / p.key_heads;
+    const int64_t h = next % p.key_heads;
+    const Split keys = plan.keys.of(b);
+    const int64_t count = keys.ordinary + keys.special;
+    const int64_t from = count * i / plan.attends;
+    const int64_t share = count * (i + 1) / plan.attends - from;
+    ahead.add(p.k, b, h, keys.index + from, share, p.head_dim);
+    ahead.add(p.v, b, h, keys.index + from, share, p.value_dim);
+  }
+  const int64_t panels = ceil_div(p.keys, 2 * kLanes<T>) + plan.value_panels;
+  ahead.spread(block.rows / VecTraits<T>::kTileRows * panels);
+  return ahead;
+}
+
+// Heads [first, last), one after the other.
+template <typename S>
+void run_heads(const ForwardMemory<Operand<S>>& m, int64_t first, int64_t last, int64_t worker) {
+  const ForwardPlan<Operand<S>>& plan = m.plan;
+  const PackedHead<Operand<S>>& head = m.heads[worker];
+  for (int64_t unit = first; unit < last; ++unit) {
+    pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
+    for (int64_t i = 0; i < plan.attends; ++i) {
+      const RowBlock block = find_rows(plan, unit, i);
+      if (block.rows == 0) continue;
+      Ahead<S> ahead = ahead_of<S>(plan, block, i, unit + 1 < last ? unit + 1 : -1);
+      attend_block<S>(plan, head, block, ahead, m.scratch[worker]);
+    }
   }
 }
 
@@ -351,6 +413,13 @@ void forward_typed(const AttentionParams& p, const Parallel& parallel, void* wor
   for (int64_t i = 0; i < m.plan.slots; ++i) {
     m.heads[i].packed->value = 0;
     m.heads[i].attended->value = 0;
+  }
+  if (m.plan.whole) {
+    run_in_runs(parallel, m.plan.workers, p.batch * p.key_heads,
+                [&](int64_t first, int64_t last, int64_t worker) {
+                  run_heads<S>(m, first, last, worker);
+                });
+    return;
   }
   const int64_t tasks = p.batch * p.key_heads * (m.plan.packs + m.plan.attends);
   run_tasks(parallel, m.plan.workers, tasks,

@@ -32,8 +32,10 @@ struct ForwardPlan {
   int64_t score_stride;
   int64_t slots;           // packed heads in flight
   int64_t packs, attends;  // tasks a key head
+  bool whole;              // all tasks of a key head are one worker's
   bool raw_keys;           // rows without a position need ordinary keys unrotated
   bool keys_in_place;      // a few of them may read keys where they lie
+  bool values_in_place;    // values need no conversion and no padding
   Splits queries, keys;
 };
 
@@ -88,7 +90,8 @@ int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
 }
 
 template <typename U>
-ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool keys_in_place) {
+ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool keys_in_place,
+                         bool values_in_place) {
   using T = Sum<U>;
   ForwardPlan<U> plan{};
   plan.p = &p;
@@ -106,10 +109,12 @@ ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool ke
   plan.score_stride = widest + max_of<int64_t>(kLanes<T>, kDotTokens);
   plan.slots = min_of(p.batch * p.key_heads, plan.workers == 1 ? 1 : plan.workers + 1);
   plan.packs = ceil_div(p.keys, kPackKeys);
+  plan.whole = p.batch * p.key_heads >= kHeadsPerWorker * plan.workers;
   // One block more than the rows need where two classes of rows each end in a part of a block.
   plan.attends = plan.group * (ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0));
   plan.raw_keys = sets_apart(p) && p.table_q.rotate != nullptr;
   plan.keys_in_place = keys_in_place;
+  plan.values_in_place = values_in_place;
   return plan;
 }
 
@@ -117,7 +122,7 @@ template <typename S, typename U = Operand<S>>
 ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
   using T = Sum<U>;
   ForwardMemory<U> m{};
-  m.plan = make_plan<U>(p, workers, in_place<S>(p.k, p.head_dim));
+  m.plan = make_plan<U>(p, workers, in_place<S>(p.k, p.head_dim), in_place<S>(p.v, p.value_dim));
   ForwardPlan<U>& plan = m.plan;
   plan.queries = take_splits(arena, query_source(p));
   plan.keys = take_splits(arena, key_source(p));

@@ -94,6 +94,24 @@ using Sum = typename OperandTraits<U>::Sum;
 template <typename U>
 constexpr int kTogether = OperandTraits<U>::kTogether;
 
+// Where a row is packed that will be operands in `to`: there, or in `buffer` if it has to be rounded.
+template <typename U>
+X_ROPE_CLS_INLINE Sum<U>* packed_in(U* to, Sum<U>* buffer) {
+  if constexpr (kTogether<U> == 1) {
+    return to;
+  } else {
+    return buffer;
+  }
+}
+// Makes operands of it. n: a multiple of the lanes.
+template <typename U>
+X_ROPE_CLS_INLINE void round_into(Sum<U>* packed, int64_t n, U* to) {
+  if constexpr (kTogether<U> > 1) {
+    const U* row = OperandTraits<U>::round_row(packed, n);
+    for (int64_t i = 0; i < n / kTogether<U>; ++i) to[i] = row[i];
+  }
+}
+
 // Stacks `count` rows of operands along their n elements, `stride` apart; zeros follow an odd one.
 // n: a multiple of the lanes.
 template <typename U>

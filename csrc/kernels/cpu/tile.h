@@ -94,14 +94,21 @@ static __attribute__((noinline)) void tile(const U* a, int64_t a_stride, const U
   }
 }
 
-// One column panel (kVectors wide) of C, all rows: full tiles, then 4, 2 and 1 rows.
-template <typename U, Left kLeft, bool kAccumulate, int kVectors>
+struct Nothing {
+  void operator()() const {}
+};
+
+// One column panel (kVectors wide) of C, all rows: full tiles, then 4, 2 and 1 rows. `beside` is
+// called once a full tile.
+template <typename U, Left kLeft, bool kAccumulate, int kVectors, typename F = Nothing>
 X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, int64_t a_stride,
-                                      const U* b, int64_t b_stride, Sum<U>* c, int64_t c_stride) {
+                                      const U* b, int64_t b_stride, Sum<U>* c, int64_t c_stride,
+                                      F&& beside = {}) {
   constexpr int kRows = VecTraits<Sum<U>>::kTileRows;
   const int64_t a_step = kLeft == Left::kByRow ? a_stride : 1;
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {
+    beside();
     tile<U, kLeft, kAccumulate, kRows, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
                                                  c + r * c_stride, c_stride);
   }
@@ -130,20 +137,20 @@ X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, i
 
 // C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the
 // lanes. Column panels of B are two vectors wide (the last may be one) and `b_panel` apart.
-template <typename U, Left kLeft, bool kAccumulate>
+template <typename U, Left kLeft, bool kAccumulate, typename F = Nothing>
 X_ROPE_CLS_INLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const U* a,
                                 int64_t a_stride, const U* b, int64_t b_stride, int64_t b_panel,
-                                Sum<U>* c, int64_t c_stride) {
+                                Sum<U>* c, int64_t c_stride, F&& beside = {}) {
   constexpr int kWide = 2 * kLanes<Sum<U>>;
   int64_t column = 0;
   for (; column + kWide <= columns; column += kWide) {
     multiply_panel<U, kLeft, kAccumulate, 2>(rows, depth, a, a_stride, b, b_stride, c + column,
-                                             c_stride);
+                                             c_stride, beside);
     b += b_panel;
   }
   if (column < columns) {
     multiply_panel<U, kLeft, kAccumulate, 1>(rows, depth, a, a_stride, b, b_stride, c + column,
-                                             c_stride);
+                                             c_stride, beside);
   }
 }
 
