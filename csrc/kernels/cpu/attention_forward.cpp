@@ -228,23 +228,31 @@ void soften_block(const ForwardPlan<U>& plan, const Columns& columns, const Spli
   using T = Sum<U>;
   const AttentionParams& p = *plan.p;
   const bool padding = has_padding(columns, first, last);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    T* row = s.scores + r * plan.score_stride;
-    const int64_t n = block.index[r];
-    if (p.bias != nullptr) {
-      const ScoreBias bias = bias_of(p, block.b, block.h, n);
-      for_each_run(columns, split, first, last,
-                   [&](int64_t at, const int32_t* index, int64_t count) {
-                     add_bias(bias, index, count, row + at);
-                   });
+  constexpr int64_t kAtOnce = 4;  // rows: nobody waits for the maximum of a single one
+  for (int64_t start = 0; start < block.rows; start += kAtOnce) {
+    const int64_t end = min_of(block.rows, start + kAtOnce);
+    T largest[kAtOnce];
+    for (int64_t r = start; r < end; ++r) {
+      T* row = s.scores + r * plan.score_stride;
+      if (p.bias != nullptr) {
+        const ScoreBias bias = bias_of(p, block.b, block.h, block.index[r]);
+        for_each_run(columns, split, first, last,
+                     [&](int64_t at, const int32_t* index, int64_t count) {
+                       add_bias(bias, index, count, row + at);
+                     });
+      }
+      if (padding) hide_padding(columns, first, last, row);
+      largest[r - start] = row_maximum(row, last - first);
     }
-    if (padding) hide_padding(columns, first, last, row);
-    soften_row(row, last - first, s.maximum[r], s.sum[r], s.out + r * plan.value_width,
-               plan.value_width);
-    if (p.dropout_p > 0) {
-      drop_row(plan, columns, split, block, first, last, n, row, s.factors);
+    for (int64_t r = start; r < end; ++r) {
+      T* row = s.scores + r * plan.score_stride;
+      soften_row(row, last - first, largest[r - start], s.maximum[r], s.sum[r],
+                 s.out + r * plan.value_width, plan.value_width);
+      if (p.dropout_p > 0) {
+        drop_row(plan, columns, split, block, first, last, block.index[r], row, s.factors);
+      }
+      OperandTraits<U>::round_row(row, last - first);
     }
-    OperandTraits<U>::round_row(row, last - first);
   }
 }
 

@@ -61,11 +61,10 @@ X_ROPE_CLS_INLINE T exponentiate(T* row, int64_t columns, T shift) {
 
 // Scores of one row become weights relative to the row's reference maximum; `sum` and `out` are
 // rescaled only if the maximum has grown by more than 2^kRescaleAbove can bear. Before the first
-// call: maximum -infinity, sum 0, out 0.
+// call: maximum -infinity, sum 0. largest: the maximum of the scores.
 template <typename T>
-X_ROPE_CLS_INLINE void soften_row(T* row, int64_t columns, T& maximum, T& sum, T* out,
+X_ROPE_CLS_INLINE void soften_row(T* row, int64_t columns, T largest, T& maximum, T& sum, T* out,
                                   int64_t channels) {
-  const T largest = row_maximum(row, columns);
   if (largest > maximum + T{kRescaleAbove}) {
     const T before = maximum;
     maximum = largest;
@@ -76,6 +75,11 @@ X_ROPE_CLS_INLINE void soften_row(T* row, int64_t columns, T& maximum, T& sum, T
     }
   }
   sum += exponentiate(row, columns, maximum == -kInfinity<T> ? T{0} : maximum);
+}
+template <typename T>
+X_ROPE_CLS_INLINE void soften_row(T* row, int64_t columns, T& maximum, T& sum, T* out,
+                                  int64_t channels) {
+  soften_row(row, columns, row_maximum(row, columns), maximum, sum, out, channels);
 }
 
 // The natural logarithm of sum * 2^maximum.
