@@ -94,6 +94,16 @@ def test_masked_keys_never_matter_and_get_no_gradient(backend, bad, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls_rope", ["rotate", "skip", "mask"])
+def test_heads_of_one_worker_are_of_any_length(cls_rope, dtype):
+    """Eight heads a thread and more are handed out whole, and what the next one reads is asked for ahead."""
+    case = model_case(101, 77, cls_rope, dtype, D=24, Dv=16)
+    q, k, v = (t.repeat(2, 4, 1, 1) for t in (case.q, case.k, case.v))
+    key_mask = torch.arange(77) < torch.tensor([[77], [0], [1], [40]])
+    check_backward(replace(case, q=q, k=k, v=v, key_mask=key_mask, attn_mask=None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_keys_give_and_get_nothing(backend, dtype):
     case = model_case(20, 30, "mask", dtype, D=16, Dv=8)
     bias = torch.zeros(20, 30)
@@ -112,10 +122,11 @@ def test_rows_without_keys_give_and_get_nothing(backend, dtype):
     assert (gradients["q"] == 0).all()
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 300), (2, 2, 150), (3, 5, 20)])
-def test_result_does_not_depend_on_the_number_of_threads(isa, threads, sizes):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 300), (2, 2, 150), (3, 5, 20), (5, 6, 130)])
+def test_result_does_not_depend_on_the_number_of_threads(isa, threads, sizes, biased):
     case = of_size(*sizes)
-    case = replace(case, attn_mask=torch.randn(1, 1, sizes[2], sizes[2]))
+    case = replace(case, attn_mask=torch.randn(1, 1, sizes[2], sizes[2]) if biased else None)
     weights = output_weights(case)
     _, gradients = forward_backward(call_operator, case, weights)
     torch.set_num_threads(1)

@@ -184,6 +184,19 @@ def test_many_heads_and_batches():
     check_forward(AttentionCase(q, k, v, rotary, rotary, "mask", None, None, 0.25, 0.0, 0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cls_rope", MODES)
+def test_heads_of_one_worker_are_of_any_length(cls_rope, dtype):
+    """Eight heads a thread and more are handed out whole, and what the next one reads is asked for ahead."""
+    generator = Generator(17)
+    q, k, v = (generator.normal(4, h, n, 24, dtype=dtype) for h, n in ((6, 101), (3, 77), (3, 77)))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    tables = (RotaryEmbedding(16)(n, torch.arange(n) > 1) for n in (101, 77))
+    rotaries = [Rotary(t.cos.to(compute), t.sin.to(compute), t.rotate, t.interleaved) for t in tables]
+    key_mask = torch.arange(77) < torch.tensor([[77], [0], [1], [40]])
+    check_forward(AttentionCase(q, k, v, *rotaries, cls_rope, None, key_mask, 0.2, 0.0, 0))
+
+
 def with_special_tokens(special: int, N: int, dtype: torch.dtype) -> AttentionCase:
     """Mode mask, special tokens in front, two query heads for one key head."""
     generator = Generator(13)
@@ -202,7 +215,7 @@ def test_few_special_tokens_at_the_border_of_a_block(dtype, special, N):
     check_forward(with_special_tokens(special, N, dtype))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 300), (2, 2, 150), (3, 5, 20)])
+@pytest.mark.parametrize("sizes", [(1, 1, 300), (2, 2, 150), (3, 5, 20), (5, 6, 130)])
 def test_result_does_not_depend_on_the_number_of_threads(isa, threads, sizes):
     case = of_size(*sizes)
     out = call_operator(case)
