@@ -5,7 +5,8 @@
 // dK and dV in its own scratch. dQ is shared: tasks add to a block of its rows in the order of
 // their keys, each waiting for its turn, so the sum is the same for any number of threads, and
 // whoever adds last turns it back and stores it. Sums are in the space of rotated queries and keys
-// where both tokens have a position and in the raw space elsewhere.
+// where both tokens have a position and in the raw space elsewhere. Where there are many heads, all
+// tasks of one are one worker's.
 #include "attention_backward_rows.h"
 
 #include "ahead.h"
@@ -291,10 +292,9 @@ void backward_typed(const AttentionBackwardParams& g, const Parallel& parallel, 
   const int64_t packs = plan.members * plan.row_blocks;
   const int64_t per_unit = packs + plan.key_blocks;
   if (plan.units >= kHeadsPerWorker * plan.workers) {
-    run_in_runs(parallel, plan.workers, plan.units,
-                [&](int64_t first, int64_t last, int64_t worker) {
-                  run_units<S>(m, first, last, worker);
-                });
+    run_in_runs(
+        parallel, plan.workers, plan.units,
+        [&](int64_t first, int64_t last, int64_t worker) { run_units<S>(m, first, last, worker); });
     return;
   }
   run_tasks(parallel, plan.workers, plan.units * per_unit, [&](int64_t task, int64_t worker) {

@@ -17,8 +17,8 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-// So many heads for each worker and more are handed out whole: one worker does all that belongs to a
-// head, and finds in its caches what it has packed. Fewer are cut, so that all workers have work.
+// So many heads for each worker and more are handed out whole: one worker does all that belongs to
+// a head, and finds in its caches what it has packed. Fewer are cut, so that all workers have work.
 constexpr int64_t kHeadsPerWorker = 8;
 
 // -------------------------------------------------------------------------------------------------

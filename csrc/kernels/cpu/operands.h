@@ -94,7 +94,8 @@ using Sum = typename OperandTraits<U>::Sum;
 template <typename U>
 constexpr int kTogether = OperandTraits<U>::kTogether;
 
-// Where a row is packed that will be operands in `to`: there, or in `buffer` if it has to be rounded.
+// Where a row is packed that will be operands in `to`: there, or in `buffer` if it has to be
+// rounded.
 template <typename U>
 X_ROPE_CLS_INLINE Sum<U>* packed_in(U* to, Sum<U>* buffer) {
   if constexpr (kTogether<U> == 1) {
