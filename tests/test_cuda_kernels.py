@@ -103,16 +103,35 @@ def test_attention_uses_what_it_moves(simulator, special):
     assert_sectors_are_used(kernels, expected | dict.fromkeys(("order", "pack", "stats", "finish"), 1))
 
 
-def test_pooling_uses_what_it_moves(simulator):
+def pooling_stats(dtype: torch.dtype, queries: int) -> list[dict[str, Any]]:
     generator, channels = Generator(0), 512
-    x = generator.normal(2, 1024, channels, dtype=torch.bfloat16).requires_grad_()
-    query = generator.normal(1, 8, 1, channels, dtype=torch.bfloat16).requires_grad_()
-    grad = generator.normal(2, 8, 1, channels, dtype=torch.bfloat16)
+    x = generator.normal(2, 1024, channels, dtype=dtype).requires_grad_()
+    query = generator.normal(1, queries, 1, channels, dtype=dtype).requires_grad_()
+    grad = generator.normal(2, queries, 1, channels, dtype=dtype)
     with cuda_sim.simulated_cuda(stats=True) as running:
         torch.autograd.grad(late_cls_pool(x, query, scale=channels**-0.5), (x, query), grad)
-        kernels = running.stats()
-    once = ("forward_tiles", "merge", "backward_tiles", "merge_grads", "add_up")
-    assert_sectors_are_used(kernels, {"stack_rows": 2} | dict.fromkeys(once, 1))
+        return running.stats()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "tiles"), (torch.float32, "fma")])
+def test_pooling_uses_what_it_moves(simulator, dtype, kind):
+    once = (f"forward_{kind}", "merge", f"backward_{kind}", "merge_grads", "add_up")
+    assert_sectors_are_used(pooling_stats(dtype, 8), {"stack_rows": 2} | dict.fromkeys(once, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("queries", [8, 20])
+def test_float32_pooling_reads_tokens_once(simulator, dtype, queries):
+    """A group of 8 rows reads the tokens once in each direction, dx is written once, and no access conflicts."""
+    kernels = {k["name"].partition("_kernel<")[0].rpartition("::")[2]: k for k in pooling_stats(dtype, queries)}
+    assert not any("simple" in name for name in kernels)
+    assert sum(kernel["shared"]["conflict_wavefronts"] for kernel in kernels.values()) == 0
+    tokens = 2 * 1024 * 512 * dtype.itemsize / 32  # sectors
+    groups = -(-queries // 8)
+    assert kernels["forward_fma"]["global"]["sectors"] < 1.35 * groups * tokens
+    one_group = queries <= 8
+    assert kernels["backward_fma"]["global"]["sectors"] < (2.4 if one_group else 1.5 * groups) * tokens
+    assert one_group == ("token_grads_fma" not in kernels)
 
 
 def test_a_report_is_the_text_of_the_exception(simulator):

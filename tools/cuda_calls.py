@@ -49,15 +49,16 @@ def rope_call(interleaved: bool) -> Call:
     return Call(f"rope, {layout}, bfloat16 (2, 8, 1024, 64)", lambda: apply_rope(x, rotary))
 
 
-def pool_call(backward: bool) -> Call:
-    x = torch.randn(2, 1024, 512).bfloat16().requires_grad_(backward)
-    query = (torch.randn(1, 8, 1, 512) * 512**-0.5).bfloat16().requires_grad_(backward)
+def pool_call(backward: bool, dtype: torch.dtype = torch.bfloat16, queries: int = 8) -> Call:
+    x = torch.randn(2, 1024, 512).to(dtype).requires_grad_(backward)
+    query = (torch.randn(1, queries, 1, 512) * 512**-0.5).to(dtype).requires_grad_(backward)
 
     def forward() -> Any:
         out = late_cls_pool(x, query)
         return torch.autograd.grad(out, (x, query), torch.randn_like(out)) if backward else out
 
-    title = f"late_cls_pool{' forward and backward' if backward else ''}, bfloat16 (2, 1024, 512), 8 queries"
+    name = str(dtype).removeprefix("torch.")
+    title = f"late_cls_pool{' forward and backward' if backward else ''}, {name} (2, 1024, 512), {queries} queries"
     return Call(title, forward)
 
 
@@ -66,7 +67,8 @@ def calls() -> list[Call]:
     found = [rope_call(True), rope_call(False), attention_call("rotate", 0, False), attention_call("mask", 4, False)]
     found += [attention_call("rotate", 0, False, head_dim) for head_dim in HEAD_DIMS if head_dim != 64]
     found += [attention_call("rotate", 0, True), attention_call("mask", 4, True)]
-    return [*found, pool_call(False), pool_call(True)]
+    found += [pool_call(False), pool_call(True)]
+    return [*found, pool_call(True, torch.float32), pool_call(True, torch.float32, 16)]
 
 
 def counted(call: Call) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from cuda_sass import Kernel
 TYPES = ("bf16", "fp16", "float", "double")
 ALL = "type of the elements, all four"
 HALF = "type of the operands, the two of tensor cores"
+FULL = "type of the elements, the two that tensor cores do not take"
 SUM = "which sums a block has"
 
 
@@ -63,21 +64,28 @@ FAMILIES = {
     "forward_tiles_kernel": Family("`late_cls_pool` on tensor cores", (HALF,)),
     "backward_tiles_kernel": Family("`late_cls_pool` backward on tensor cores, up to 16 queries dx too", (HALF,)),
     "token_grads_kernel": Family("`late_cls_pool` backward: dx of more than 16 queries", (HALF,)),
-    "stack_rows_kernel": Family("queries, and gradients backward, padded to tiles of 16", (HALF,)),
+    "forward_fma_kernel": Family("`late_cls_pool` of float32 and float64, on the FMA units", (FULL,)),
+    "backward_fma_kernel": Family("`late_cls_pool` backward of float32 and float64, up to 8 queries dx too", (FULL,)),
+    "token_grads_fma_kernel": Family(
+        "`late_cls_pool` backward of float32 and float64: dx of more than 8 queries", (FULL,)
+    ),
+    "stack_rows_kernel": Family("queries, and gradients backward, padded to the rows of a tile", (ALL,)),
     "merge_kernel": Family("`late_cls_pool`: joins parts of the tokens", (ALL,)),
     "merge_grads_kernel": Family("`late_cls_pool` backward: joins parts of the tokens", (ALL,)),
     "add_up_kernel": Family(
         "`late_cls_pool` backward: sums over the batch, in order",
         ("type of the sums: float32, or float64 of float64", "type of the gradient of the queries, all four"),
     ),
-    "simple_scores_kernel": Family("`late_cls_pool` on the FMA units: scores", (ALL,)),
-    "simple_softmax_kernel": Family("`late_cls_pool` on the FMA units: weights", (ALL,)),
-    "simple_score_grads_kernel": Family("`late_cls_pool` on the FMA units, backward: gradients of scores", (ALL,)),
+    "simple_scores_kernel": Family("`late_cls_pool` of sizes beyond the others: scores", (ALL,)),
+    "simple_softmax_kernel": Family("`late_cls_pool` of sizes beyond the others: weights", (ALL,)),
+    "simple_score_grads_kernel": Family(
+        "`late_cls_pool` of sizes beyond the others, backward: gradients of scores", (ALL,)
+    ),
     "simple_sums_kernel": Family(
-        "`late_cls_pool` on the FMA units: sums over the tokens",
+        "`late_cls_pool` of sizes beyond the others: sums over the tokens",
         (ALL, "sums at a time: 2 where the weight of a norm wants its gradient"),
     ),
-    "simple_token_grads_kernel": Family("`late_cls_pool` on the FMA units, backward: dx", (ALL,)),
+    "simple_token_grads_kernel": Family("`late_cls_pool` of sizes beyond the others, backward: dx", (ALL,)),
 }
 
 

@@ -87,6 +87,27 @@ void check_attention() {
   }
 }
 
+// Which kernels take a call. What fits in shared memory and registers is read once.
+void check_pool_kernels(const PoolParams& p, const Device& device, const PoolPlan& plan,
+                        bool backward) {
+  const bool half = p.dtype == DType::kBFloat16;
+  const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
+  // Bytes of a token that all devices have room for, and that none has.
+  const int64_t some = backward ? 2048 : 4096, none = 12 * 512;
+  if (p.heads == 0 || p.tokens == 0) {
+    expect(plan.kernels == PoolKernels::kSimple, "nothing to do", p.heads, p.tokens);
+  } else if (half) {
+    expect(plan.kernels != PoolKernels::kFma, "tensor cores for 16 bits", p.channels);
+  } else {
+    expect(plan.kernels != PoolKernels::kTensorCores, "tensor cores are for 16 bits");
+    const bool fma = plan.kernels == PoolKernels::kFma;
+    expect(fma || p.channels * size > some, "tokens read once", p.channels, size);
+    expect(!fma || p.channels * size <= none, "no more channels than fit", p.channels, size);
+    const bool large = device.shared_per_block > 200000;
+    expect(fma || !large || p.channels * size > none, "as many channels as fit", p.channels, size);
+  }
+}
+
 void check_pooling() {
   for (const Device& device : kDevices) {
     for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kBFloat16}) {
@@ -104,15 +125,18 @@ void check_pooling() {
             for (const bool backward : {false, true}) {
               const PoolPlan plan = make_pool_plan(p, device, backward, backward);
               expect(plan.bytes >= 0 && plan.splits >= 1, "plan", tokens, channels, heads);
-              if (!plan.tensor_cores) continue;
-              expect(dtype == DType::kBFloat16, "tensor cores are for 16 bits");
+              check_pool_kernels(p, device, plan, backward);
+              if (plan.kernels == PoolKernels::kSimple) continue;
               expect(plan.shared_bytes <= device.shared_per_block, "a block fits", channels);
-              expect(plan.padded >= channels && plan.warps <= 32, "channels of the warps",
+              expect(plan.padded >= channels && plan.warps <= 16, "channels of the warps",
                      channels);
-              expect(plan.split_tokens % kPoolTokens == 0, "whole tiles", tokens);
+              const bool fma = plan.kernels == PoolKernels::kFma;
+              const int64_t tile = fma ? kFmaTokens : kPoolTokens;
+              expect(plan.split_tokens % tile == 0, "whole tiles", tokens);
               expect(plan.splits * plan.split_tokens >= tokens, "all tokens", tokens);
               expect((plan.splits - 1) * plan.split_tokens < tokens, "no empty split", tokens);
-              expect(plan.groups * kPoolRows >= plan.rows, "all rows", heads);
+              expect(plan.groups * plan.group_rows >= plan.rows, "all rows", heads);
+              expect(plan.group_rows == (fma ? kFmaRows : kPoolRows), "rows of a group", heads);
             }
           }
         }

@@ -204,19 +204,29 @@ void check_plan(Random& random, bool backward, Checker& checker) {
   const bool any = plan.rows > 0 && p.tokens > 0;
   const bool large = device.shared_per_block > 110000;
   const bool few = backward && p.norm != PoolNorm::kNone && p.channels < 8;
+  using Kernels = cuda::PoolKernels;
+  const bool tensor_cores = plan.kernels == Kernels::kTensorCores;
+  const bool fma = plan.kernels == Kernels::kFma, simple = plan.kernels == Kernels::kSimple;
+  const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
   checker.holds("tensor cores for 16-bit tokens",
-                plan.tensor_cores == (half && any && !few) || !half || !large || p.channels > 1024);
-  checker.holds("no tensor cores for others", half || !plan.tensor_cores);
-  checker.holds("shared memory",
-                !plan.tensor_cores || plan.shared_bytes <= device.shared_per_block);
-  checker.holds("stages", plan.stages >= 1 && plan.stages <= 3);
+                tensor_cores == (half && any && !few) || !half || !large || p.channels > 1024);
+  checker.holds("no tensor cores for others", half || !tensor_cores);
+  checker.holds("FMA units for others, tokens read once",
+                fma == (!half && any) || half || !large || p.channels * size > 10 * 512);
+  checker.holds("shared memory", simple || plan.shared_bytes <= device.shared_per_block);
+  checker.holds("stages", simple || (plan.stages >= 1 && plan.stages <= (fma ? 2 : 3)));
   checker.holds("every token in a split", !any || plan.splits * plan.split_tokens >= p.tokens);
   checker.holds("tokens in every split", !any || (plan.splits - 1) * plan.split_tokens < p.tokens);
   checker.holds("splits", plan.splits >= 1 && plan.splits <= cuda::kPoolMostSplits);
-  checker.holds("whole tiles", plan.split_tokens % cuda::kPoolTokens == 0);
-  checker.holds("all rows", !plan.tensor_cores || plan.groups * cuda::kPoolRows >= plan.rows);
-  checker.holds("all channels", !plan.tensor_cores || plan.padded >= p.channels);
-  const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
+  checker.holds("whole tiles",
+                plan.split_tokens % (fma ? cuda::kFmaTokens : cuda::kPoolTokens) == 0);
+  checker.holds("all rows", plan.groups * plan.group_rows >= plan.rows);
+  checker.holds("all channels", simple || plan.padded >= p.channels);
+  if (fma && backward && plan.groups > 1) {
+    const int64_t tiles = (p.tokens + cuda::kFmaTokens - 1) / cuda::kFmaTokens;
+    const int64_t records = p.batch * tiles * plan.groups * cuda::kFmaRecord * size;
+    checker.holds("room for records", plan.sums - plan.records >= records);
+  }
   const int64_t sums = plan.splits * p.batch * plan.rows * plan.kinds * p.channels * size;
   checker.holds("room for sums", plan.sums % 256 == 0 && plan.stats - plan.sums >= sums);
   checker.holds("room for the rest", plan.bytes >= plan.stats && plan.bytes >= plan.merged);

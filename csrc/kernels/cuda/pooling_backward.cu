@@ -3,6 +3,7 @@
 // sum over n of ds y_n, where y = x' weight + bias and x' is x or the normalised x. Sums over
 // tokens are of x' and kept by split: weight and bias come in where they are merged, in order.
 #include "launch.h"
+#include "pooling_backward_fma.cuh"
 #include "pooling_backward_tiles.cuh"
 #include "pooling_simple.cuh"
 
@@ -91,27 +92,28 @@ cudaError_t simple_backward(const PoolCall<S>& call, cudaStream_t stream) {
                      kPoolThreads, 0, stream, call);
 }
 
+// Tensor cores, or FMA units.
 template <typename S>
-cudaError_t backward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
+cudaError_t one_pass(const PoolCall<S>& call, cudaStream_t stream) {
   const PoolParams& p = call.p();
-  const Tensor3& dx = call.g.dx;
+  const PoolPlan& plan = call.plan;
   const bool whole = has_whole_pieces<S>(p.x, p.channels);
-  const bool whole_grads = has_whole_pieces<S>(dx, p.channels);
+  const bool whole_grads = has_whole_pieces<S>(call.g.dx, p.channels);
   cudaError_t error = stack_rows(call, true, stream);
-  if (error == cudaSuccess) {
-    error =
-        launch_tiles(backward_tiles_kernel<S>, call, call.plan.groups, stream, whole, whole_grads);
-  }
-  if (error != cudaSuccess || call.plan.groups == 1 || dx.data == nullptr) return error;
-  return launch_tiles(token_grads_kernel<S>, call, 1, stream, whole, whole_grads);
-}
-
-template <typename S>
-cudaError_t any_backward(const PoolCall<S>& call, cudaStream_t stream) {
+  if (error != cudaSuccess) return error;
+  const bool dx_later = plan.groups > 1 && call.g.dx.data != nullptr;
   if constexpr (sizeof(S) == 2) {
-    if (call.plan.tensor_cores) return backward_tiles(call, stream);
+    error = launch_tiles(backward_tiles_kernel<S>, call, plan.groups, stream, whole, whole_grads);
+    if (error != cudaSuccess || !dx_later) return error;
+    error = launch_tiles(token_grads_kernel<S>, call, 1, stream, whole, whole_grads);
+  } else {
+    error = launch_tiles(backward_fma_kernel<S>, call, plan.groups, stream, whole, whole_grads);
+    if (error != cudaSuccess || !dx_later) return error;
+    PoolCall<S> later = call;
+    later.plan.shared_bytes = fma_token_bytes(plan.warps, sizeof(S));
+    error = launch_tiles(token_grads_fma_kernel<S>, later, 1, stream, whole, whole_grads);
   }
-  return simple_backward(call, stream);
+  return error;
 }
 
 template <typename S>
@@ -121,7 +123,8 @@ cudaError_t backward(const PoolBackwardParams& g, const Device& device, void* wo
   const PoolParams& p = g.forward;
   const PoolCall<S> call{g, pool_backward_plan(g, device), static_cast<char*>(workspace)};
   const PoolPlan& plan = call.plan;
-  cudaError_t error = any_backward(call, stream);
+  cudaError_t error =
+      plan.kernels == PoolKernels::kSimple ? simple_backward(call, stream) : one_pass(call, stream);
   const auto pieces = static_cast<uint32_t>(pool_ceil(p.channels, kPoolThreads));
   if (error == cudaSuccess) {
     error = launch_pool(merge_grads_kernel<S>, p.batch * plan.rows * pieces, kPoolThreads, 0,

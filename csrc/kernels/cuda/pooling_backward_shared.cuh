@@ -34,12 +34,5 @@ struct BackwardShared {
   }
 };
 
-// The same number, of which the compiler does not know that it is the same in every step: what is
-// computed from it is computed anew instead of being kept in registers that the loop lacks.
-__device__ __forceinline__ int forget(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
 }  // namespace
 }  // namespace x_rope_cls::cuda

@@ -1,6 +1,7 @@
 // Pooling forward: parts of the tokens are summed apart, relative to their own largest score, and
 // merged in order.
 #include "launch.h"
+#include "pooling_forward_fma.cuh"
 #include "pooling_forward_tiles.cuh"
 #include "pooling_simple.cuh"
 
@@ -43,14 +44,24 @@ __global__ void __launch_bounds__(kPoolThreads)
 }
 
 template <typename S>
-cudaError_t forward_tiles(const PoolCall<S>& call, cudaStream_t stream) {
-  const bool whole = has_whole_pieces<S>(call.p().x, call.p().channels);
-  cudaError_t error = stack_rows(call, false, stream);
-  if (error == cudaSuccess)
-    error = launch_tiles(forward_tiles_kernel<S>, call, call.plan.groups, stream, whole);
-  if (error != cudaSuccess || call.plan.splits == 1) return error;
+cudaError_t merge(const PoolCall<S>& call, cudaStream_t stream) {
   return launch_pool(merge_kernel<S>, call.p().batch * call.plan.rows, kPoolThreads, 0, stream,
                      call);
+}
+
+// Tensor cores, or FMA units.
+template <typename S>
+cudaError_t one_pass(const PoolCall<S>& call, cudaStream_t stream) {
+  const bool whole = has_whole_pieces<S>(call.p().x, call.p().channels);
+  cudaError_t error = stack_rows(call, false, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (sizeof(S) == 2) {
+    error = launch_tiles(forward_tiles_kernel<S>, call, call.plan.groups, stream, whole);
+    if (call.plan.splits == 1) return error;
+  } else {
+    error = launch_tiles(forward_fma_kernel<S>, call, call.plan.groups, stream, whole);
+  }
+  return error == cudaSuccess ? merge(call, stream) : error;
 }
 
 template <typename S>
@@ -62,16 +73,13 @@ cudaError_t forward(const PoolParams& p, const Device& device, void* workspace,
   call.memory = static_cast<char*>(workspace);
   const int64_t rows = p.batch * call.plan.rows;
   if (rows == 0) return cudaSuccess;
-  if constexpr (sizeof(S) == 2) {
-    if (call.plan.tensor_cores) return forward_tiles(call, stream);
-  }
+  if (call.plan.kernels != PoolKernels::kSimple) return one_pass(call, stream);
   cudaError_t error = simple_scores(call, false, stream);
   if (error == cudaSuccess) {
     error = launch_pool(simple_softmax_kernel<S>, rows, kPoolThreads, 0, stream, call);
   }
   if (error == cudaSuccess) error = simple_sums(call, stream);
-  if (error != cudaSuccess) return error;
-  return launch_pool(merge_kernel<S>, rows, kPoolThreads, 0, stream, call);
+  return error == cudaSuccess ? merge(call, stream) : error;
 }
 
 }  // namespace

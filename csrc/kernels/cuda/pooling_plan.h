@@ -25,6 +25,18 @@ inline constexpr int kPoolMostStages = 3;
 // in a few dimensions next to nothing, and less than rounding of 16-bit tokens. Fewer channels
 // than these take the kernels that normalise in float32.
 inline constexpr int kPoolLeastNormalised = 8;
+// Tile of the kernels of float32 and float64 on the FMA units: tokens, rows, and bytes of a token
+// that a warp has, 16 a lane.
+inline constexpr int kFmaTokens = 8;
+inline constexpr int kFmaRows = 8;
+inline constexpr int kFmaSlabBytes = 512;
+// At most, and as many as a multiprocessor has registers for: 1,536 channels of float32, 768 of
+// float64.
+inline constexpr int kFmaWarps = 12;
+inline constexpr int kFmaMostStages = 2;
+// Numbers that backward keeps of a tile and a group of rows where there are several groups: scale *
+// ds, then p, and four of each token for its normalisation.
+inline constexpr int kFmaRecord = 2 * kFmaRows * kFmaTokens + 4 * kFmaTokens;
 inline constexpr int64_t kPoolMostSplits = 256;
 // Rows and tokens that a block of the kernels without tensor cores sums up at once.
 inline constexpr int kPoolSimpleRows = 8;
@@ -32,14 +44,21 @@ inline constexpr int kPoolSimpleTokens = 32;
 inline constexpr int kPoolThreads = 128;
 inline constexpr int kPoolConstants = 8;  // numbers of a row that are the same for all tokens
 
+enum class PoolKernels : int32_t {
+  kSimple,      // any dtype and size; tokens are read twice, three times backward
+  kFma,         // float32 and float64
+  kTensorCores  // bfloat16 and float16
+};
+
 struct PoolPlan {
-  bool tensor_cores;
+  PoolKernels kernels;
   bool normalised;
   bool weighted;         // sums of the normalised tokens' weights too, for dweight
   int64_t rows;          // heads * queries
   int64_t groups;        // of rows, a block each
+  int64_t group_rows;    // of a whole group
   int64_t splits;        // of the tokens, a block each
-  int64_t split_tokens;  // a multiple of kPoolTokens
+  int64_t split_tokens;  // whole tiles
   int64_t padded;        // channels of all warps
   int32_t warps, stages;
   int64_t shared_bytes;
@@ -47,7 +66,8 @@ struct PoolPlan {
   // Offsets in bytes.
   int64_t moments;    // (batch, tokens, 2): mean and inverse of the spread
   int64_t scores;     // (1 or 2, batch, rows, tokens)
-  int64_t stack;      // (batch, groups, 1 or 2, 16, padded), dtype: rows of queries and gradients
+  int64_t records;    // (batch, tiles, groups, kFmaRecord)
+  int64_t stack;      // (batch, groups, 1 or 2, group_rows, padded), dtype: queries and gradients
   int64_t constants;  // (batch, rows, kPoolConstants)
   int64_t sums;       // (batch, splits, rows, kinds, channels)
   int64_t stats;      // (batch, rows, splits, 2)
@@ -68,11 +88,104 @@ inline int64_t pool_shared_bytes(int64_t warps, int64_t stages, bool backward) {
          stacked * kPoolTokens * 2 + (backward ? 1152 : 256);
 }
 
+// Likewise of a block of the FMA kernels, of `size` bytes a number: tiles, stacked rows (backward),
+// partial scores of two tiles, moments, constants (backward), weights.
+inline int64_t fma_shared_bytes(int64_t warps, int64_t stages, bool backward, int64_t size) {
+  const int64_t kinds = backward ? 2 : 1, cells = kFmaRows * kFmaTokens;
+  const int64_t stacked = backward ? 2 * kFmaRows * kFmaSlabBytes : 0;
+  const int64_t constants = backward ? kPoolConstants * kFmaRows : 0;
+  return warps * (stages * kFmaTokens * kFmaSlabBytes + stacked +
+                  (2 * kinds * cells + 2 * kFmaTokens + kinds * cells) * size) +
+         constants * size;
+}
+
+// Of the FMA kernel of dx: weights of a group and a tile.
+inline constexpr int64_t fma_token_bytes(int64_t warps, int64_t size) {
+  return warps * (2 * kFmaRows * kFmaTokens * size + kFmaTokens * kFmaSlabBytes);
+}
+
+// Cuts the tokens into enough parts to have `at_once` blocks, of `least` tokens or more, and of
+// whole tiles.
+inline void split_tokens(PoolPlan& plan, int64_t tokens, int64_t blocks, int64_t at_once,
+                         int64_t least, int64_t tile) {
+  int64_t splits = pool_ceil(at_once < 1 ? 1 : at_once, blocks < 1 ? 1 : blocks);
+  if (splits > tokens / least) splits = tokens / least;
+  if (splits > kPoolMostSplits) splits = kPoolMostSplits;
+  if (splits < 1) splits = 1;
+  plan.split_tokens = pool_ceil(pool_ceil(tokens, splits), tile) * tile;
+  plan.splits = tokens == 0 ? 1 : pool_ceil(tokens, plan.split_tokens);
+}
+
 // Tensor cores whenever elements are 16-bit: reading them at bandwidth B asks for 2 R B flop/s
 // forward (4 flop for each of R rows and 2 bytes), that is 4 R TFLOP/s on an A100 (2.0 TB/s; 19.5
 // of FMA, 312 of mma) and 6.7 R on an H100 (3.35 TB/s; 67 and 990). FMA units would be the limit
 // from 5 to 10 rows on before a single conversion is counted, while 16 padded rows take a fifth
 // (A100) and a ninth (H100) of the tensor cores, so that fewer rows need no kernel of their own.
+//
+// False, and nothing of the plan changed, where they do not take the call.
+inline bool plan_tensor_cores(PoolPlan& plan, const PoolParams& p, const Device& device,
+                              bool backward) {
+  const int64_t slab = backward ? kPoolBackwardSlab : kPoolForwardSlab;
+  const int64_t warps = pool_ceil(p.channels, slab);
+  const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
+  const bool cancels = backward && plan.normalised && p.channels < kPoolLeastNormalised;
+  if (!half || cancels || warps > (backward ? kPoolBackwardWarps : kPoolForwardWarps)) return false;
+  int32_t stages = kPoolMostStages;
+  while (stages > 0 && pool_shared_bytes(warps, stages, backward) > device.shared_per_block) {
+    --stages;
+  }
+  if (stages == 0) return false;
+  plan.kernels = PoolKernels::kTensorCores;
+  plan.warps = static_cast<int32_t>(warps);
+  plan.stages = stages;
+  plan.shared_bytes = pool_shared_bytes(warps, stages, backward);
+  plan.padded = warps * slab;
+  plan.group_rows = kPoolRows;
+  plan.groups = pool_ceil(plan.rows, kPoolRows);
+  // Blocks of at least 64 tokens, and of so many that the sums they write (4 bytes a row) stay well
+  // below what they read (2 bytes a token).
+  const int64_t at_once =
+      device.shared_per_multiprocessor / (plan.shared_bytes + 1024) * device.multiprocessors;
+  const int64_t least = plan.rows > 8 ? 8 * kPoolRows : 4 * kPoolRows;
+  split_tokens(plan, p.tokens, p.batch * plan.groups, at_once, least, kPoolTokens);
+  return true;
+}
+
+// Likewise the FMA units, for float32 and float64.
+inline bool plan_fma(PoolPlan& plan, const PoolParams& p, const Device& device, bool backward) {
+  if (p.dtype != DType::kFloat32 && p.dtype != DType::kFloat64) return false;
+  const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t warps = pool_ceil(p.channels * size, kFmaSlabBytes);
+  if (warps > kFmaWarps) return false;
+  int32_t stages = kFmaMostStages;
+  while (stages > 0 && fma_shared_bytes(warps, stages, backward, size) > device.shared_per_block) {
+    --stages;
+  }
+  if (stages == 0) return false;
+  plan.kernels = PoolKernels::kFma;
+  plan.warps = static_cast<int32_t>(warps);
+  plan.stages = stages;
+  plan.shared_bytes = fma_shared_bytes(warps, stages, backward, size);
+  plan.padded = warps * (kFmaSlabBytes / size);
+  plan.group_rows = kFmaRows;
+  plan.groups = pool_ceil(plan.rows, kFmaRows);
+  int64_t resident = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
+  if (resident > kFmaWarps / warps) resident = kFmaWarps / warps;
+  const int64_t least = 8 * kFmaRows;  // sums are an eighth of the tokens
+  split_tokens(plan, p.tokens, p.batch * plan.groups, resident * device.multiprocessors, least,
+               kFmaTokens);
+  return true;
+}
+
+inline void plan_simple(PoolPlan& plan, const PoolParams& p, const Device& device) {
+  plan.kernels = PoolKernels::kSimple;
+  plan.group_rows = kPoolSimpleRows;
+  plan.groups = pool_ceil(plan.rows, kPoolSimpleRows);
+  const int64_t blocks = p.batch * plan.groups * pool_ceil(p.channels, kPoolThreads);
+  const int64_t at_once = int64_t{8} * device.multiprocessors / (blocks < 1 ? 1 : blocks);
+  split_tokens(plan, p.tokens, 1, at_once, int64_t{2} * kPoolSimpleTokens, kPoolSimpleTokens);
+}
+
 inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool backward,
                                bool weighted) {
   PoolPlan plan{};
@@ -80,48 +193,11 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
   plan.normalised = p.norm != PoolNorm::kNone;
   plan.weighted = weighted;
   plan.kinds = weighted ? 2 : 1;
-  plan.groups = pool_ceil(plan.rows, kPoolRows);
   plan.splits = 1;
-  const bool half = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  const int64_t slab = backward ? kPoolBackwardSlab : kPoolForwardSlab;
-  const int64_t warps = pool_ceil(p.channels, slab);
-  plan.warps = static_cast<int32_t>(warps);
-  plan.stages = kPoolMostStages;
-  while (plan.stages > 1 &&
-         pool_shared_bytes(warps, plan.stages, backward) > device.shared_per_block) {
-    --plan.stages;
-  }
-  plan.shared_bytes = pool_shared_bytes(warps, plan.stages, backward);
-  plan.padded = warps * slab;
-  const bool cancels = backward && plan.normalised && p.channels < kPoolLeastNormalised;
-  plan.tensor_cores = half && plan.rows > 0 && p.tokens > 0 && !cancels &&
-                      warps <= (backward ? kPoolBackwardWarps : kPoolForwardWarps) &&
-                      plan.shared_bytes <= device.shared_per_block;
-  if (plan.tensor_cores) {
-    // Enough blocks to fill the device, of at least 64 tokens, and of so many that the sums
-    // they write (4 bytes a row) stay well below what they read (2 bytes a token).
-    const int64_t blocks = p.batch * plan.groups;
-    const int64_t at_once =
-        device.shared_per_multiprocessor / (plan.shared_bytes + 1024) * device.multiprocessors;
-    const int64_t least = plan.rows > 8 ? 8 * kPoolRows : 4 * kPoolRows;
-    int64_t splits = pool_ceil(at_once < 1 ? 1 : at_once, blocks < 1 ? 1 : blocks);
-    if (splits > p.tokens / least) splits = p.tokens / least;
-    if (splits > kPoolMostSplits) splits = kPoolMostSplits;
-    if (splits < 1) splits = 1;
-    plan.split_tokens = pool_ceil(pool_ceil(p.tokens, splits), kPoolTokens) * kPoolTokens;
-    plan.splits = pool_ceil(p.tokens, plan.split_tokens);
-  }
-  if (!plan.tensor_cores && plan.rows > 0) {
-    plan.groups = pool_ceil(plan.rows, kPoolSimpleRows);
-    const int64_t blocks = p.batch * plan.groups * pool_ceil(p.channels, kPoolThreads);
-    int64_t splits = blocks < 1 ? 1 : int64_t{8} * device.multiprocessors / blocks;
-    if (splits > p.tokens / (int64_t{2} * kPoolSimpleTokens))
-      splits = p.tokens / (int64_t{2} * kPoolSimpleTokens);
-    if (splits > kPoolMostSplits) splits = kPoolMostSplits;
-    if (splits < 1) splits = 1;
-    plan.split_tokens =
-        pool_ceil(pool_ceil(p.tokens, splits), kPoolSimpleTokens) * kPoolSimpleTokens;
-    plan.splits = p.tokens == 0 ? 1 : pool_ceil(p.tokens, plan.split_tokens);
+  const bool any = plan.rows > 0 && p.tokens > 0;
+  if (plan.rows > 0 && !(any && (plan_tensor_cores(plan, p, device, backward) ||
+                                 plan_fma(plan, p, device, backward)))) {
+    plan_simple(plan, p, device);
   }
   const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
   const auto take = [&](int64_t bytes) {
@@ -130,13 +206,18 @@ inline PoolPlan make_pool_plan(const PoolParams& p, const Device& device, bool b
     return offset;
   };
   const int64_t row_count = p.batch * plan.rows;
-  if (plan.tensor_cores) {
-    const int64_t stacks = backward ? 2 * p.batch : p.query_batch;
-    plan.stack = take(stacks * plan.groups * kPoolRows * plan.padded * 2);
-    plan.constants = take(row_count * kPoolConstants * size);
-  } else {
+  if (plan.kernels == PoolKernels::kSimple) {
     if (plan.normalised) plan.moments = take(p.batch * p.tokens * 2 * size);
     plan.scores = take((backward ? 2 : 1) * row_count * p.tokens * size);
+  } else {
+    const int64_t element = plan.kernels == PoolKernels::kTensorCores ? 2 : size;
+    const int64_t stacks = backward ? 2 * p.batch : p.query_batch;
+    plan.stack = take(stacks * plan.groups * plan.group_rows * plan.padded * element);
+    plan.constants = take(row_count * kPoolConstants * size);
+    if (backward && plan.kernels == PoolKernels::kFma && plan.groups > 1) {
+      plan.records =
+          take(p.batch * pool_ceil(p.tokens, kFmaTokens) * plan.groups * kFmaRecord * size);
+    }
   }
   plan.sums = take(plan.splits * row_count * plan.kinds * p.channels * size);
   plan.stats = take(plan.splits * row_count * 2 * size);

@@ -1,8 +1,6 @@
-// Pooling on the FMA units, for what the tensor-core kernels do not take: any dtype, any number of
-// channels and rows. A warp a token for scores and dx, a thread a channel for sums over tokens;
-// scores are kept in scratch memory between the two, so that tokens are read twice (three times
-// backward). float32 asks for 4 R flop for each 4 bytes, 2 R TFLOP/s on an A100: up to 8 rows or so
-// the limit is memory all the same.
+// Pooling for what the other kernels do not take: any dtype, any number of channels and rows. A
+// warp a token for scores and dx, a thread a channel for sums over tokens; scores are kept in
+// scratch memory between the two, so that tokens are read twice (three times backward).
 #pragma once
 
 #include "pooling_common.cuh"
