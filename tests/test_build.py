@@ -111,11 +111,13 @@ def test_build_info() -> None:
     assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", name) for name in architectures or ())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["rope", "rope_qk", "rope_table_grad", "rope_attention", "rope_attention_backward"]
-    + ["late_cls_pool", "late_cls_pool_backward"],
+OPERATORS = (
+    *("rope", "rope_qk", "rope_table_grad", "rope_attention", "rope_attention_backward"),
+    *("late_cls_pool", "late_cls_pool_backward"),
 )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operators_are_there_for_cuda_where_torch_and_the_build_have_it(name: str) -> None:
     """Also where there is no GPU: the library for CUDA tensors is loaded beside every torch that has CUDA."""
     expected = torch.version.cuda is not None and _C.build_info()["cuda_architectures"] is not None

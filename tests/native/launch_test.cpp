@@ -93,7 +93,7 @@ void check_pool_kernels(const PoolParams& p, const Device& device, const PoolPla
   const bool half = p.dtype == DType::kBFloat16;
   const int64_t size = p.dtype == DType::kFloat64 ? 8 : 4;
   // Bytes of a token that all devices have room for, and that none has.
-  const int64_t some = backward ? 2048 : 4096, none = 12 * 512;
+  const int64_t some = backward ? 2048 : 4096, none = 6144;
   if (p.heads == 0 || p.tokens == 0) {
     expect(plan.kernels == PoolKernels::kSimple, "nothing to do", p.heads, p.tokens);
   } else if (half) {

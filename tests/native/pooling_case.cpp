@@ -212,7 +212,7 @@ void check_plan(Random& random, bool backward, Checker& checker) {
                 tensor_cores == (half && any && !few) || !half || !large || p.channels > 1024);
   checker.holds("no tensor cores for others", half || !tensor_cores);
   checker.holds("FMA units for others, tokens read once",
-                fma == (!half && any) || half || !large || p.channels * size > 10 * 512);
+                fma == (!half && any) || half || !large || p.channels * size > 5120);
   checker.holds("shared memory", simple || plan.shared_bytes <= device.shared_per_block);
   checker.holds("stages", simple || (plan.stages >= 1 && plan.stages <= (fma ? 2 : 3)));
   checker.holds("every token in a split", !any || plan.splits * plan.split_tokens >= p.tokens);

@@ -149,7 +149,7 @@ class AttentionPool(XAttentionPool):
         if queries is None:
             if not self.has_learned_queries:
                 raise ValueError("AttentionPool: queries must be given with num_pooled_tokens=0, got None")
-            return self.queries.unsqueeze(0)
+            return self.queries.unsqueeze(0)  # type: ignore[no-any-return, attr-defined]
         count = 1 if self.squeeze_output else "queries"
         fits = queries.dim() == 3 and queries.shape[0] == context.shape[0] and queries.shape[2] == self.dim
         if not fits or (self.squeeze_output and queries.shape[1] != 1):

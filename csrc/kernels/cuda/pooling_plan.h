@@ -91,17 +91,17 @@ inline int64_t pool_shared_bytes(int64_t warps, int64_t stages, bool backward) {
 // Likewise of a block of the FMA kernels, of `size` bytes a number: tiles, stacked rows (backward),
 // partial scores of two tiles, moments, constants (backward), weights.
 inline int64_t fma_shared_bytes(int64_t warps, int64_t stages, bool backward, int64_t size) {
-  const int64_t kinds = backward ? 2 : 1, cells = kFmaRows * kFmaTokens;
-  const int64_t stacked = backward ? 2 * kFmaRows * kFmaSlabBytes : 0;
-  const int64_t constants = backward ? kPoolConstants * kFmaRows : 0;
+  const int64_t kinds = backward ? 2 : 1, cells = int64_t{kFmaRows} * kFmaTokens;
+  const int64_t stacked = backward ? int64_t{2} * kFmaRows * kFmaSlabBytes : 0;
+  const int64_t constants = backward ? int64_t{kPoolConstants} * kFmaRows : 0;
   return warps * (stages * kFmaTokens * kFmaSlabBytes + stacked +
-                  (2 * kinds * cells + 2 * kFmaTokens + kinds * cells) * size) +
+                  (2 * kinds * cells + int64_t{2} * kFmaTokens + kinds * cells) * size) +
          constants * size;
 }
 
 // Of the FMA kernel of dx: weights of a group and a tile.
 inline constexpr int64_t fma_token_bytes(int64_t warps, int64_t size) {
-  return warps * (2 * kFmaRows * kFmaTokens * size + kFmaTokens * kFmaSlabBytes);
+  return warps * (int64_t{2} * kFmaRows * kFmaTokens * size + int64_t{kFmaTokens} * kFmaSlabBytes);
 }
 
 // Cuts the tokens into enough parts to have `at_once` blocks, of `least` tokens or more, and of
@@ -171,7 +171,7 @@ inline bool plan_fma(PoolPlan& plan, const PoolParams& p, const Device& device, 
   plan.groups = pool_ceil(plan.rows, kFmaRows);
   int64_t resident = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
   if (resident > kFmaWarps / warps) resident = kFmaWarps / warps;
-  const int64_t least = 8 * kFmaRows;  // sums are an eighth of the tokens
+  const int64_t least = int64_t{8} * kFmaRows;  // sums are an eighth of the tokens
   split_tokens(plan, p.tokens, p.batch * plan.groups, resident * device.multiprocessors, least,
                kFmaTokens);
   return true;
