@@ -108,6 +108,37 @@ def test_small_and_large_scores(magnitude, dtype):
     check_forward(replace(case, scale=magnitude), scores=exact[1].abs().max().item())
 
 
+@pytest.mark.parametrize("cls_rope", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [3.9, 4.1, 4.6, 4.8, 12.0])
+def test_scores_about_the_bound_that_needs_no_maximum(length, cls_rope, dtype):
+    """A score, in units of log2, is at most length² · log2(e), which is compared with 32: at 4.71."""
+    case = model_case(150, 330, cls_rope, dtype, rotate="scattered")
+    q, k = (t * (length / t.float().norm(dim=-1, keepdim=True)).to(dtype) for t in (case.q, case.k))
+    k[:, :, ::7] = q[:, :, :48]  # as large as the bound allows, or as low
+    k[:, :, 1::7] = -q[:, :, 48:95]
+    check_forward(replace(case, q=q, k=k, scale=1.0), scores=1.5 * length**2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_long_query_or_key_among_others(dtype):
+    """Whether a maximum is needed differs between heads, and between blocks of rows."""
+    case = model_case(220, 300, "mask", dtype)
+    q, k = case.q.clone(), case.k.clone()
+    q[0, 0, 150] *= 40
+    k[1, 0, 299] *= 40
+    check_forward(replace(case, q=q, k=k), scores=40 * 32)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_scores_as_large_as_the_bound(sign, dtype):
+    """Weights are relative to a score of 0, which none of these is near."""
+    case = replace(model_case(30, 530, "rotate", dtype), rotary_q=None, rotary_k=None)
+    q, k = torch.full_like(case.q, 0.58), torch.full_like(case.k, sign * 0.58)
+    check_forward(replace(case, q=q, k=k, scale=1.0), scores=32)
+
+
 def test_increasing_and_decreasing_scores():
     """The running maximum moves at every block of keys, or only at the first."""
     for sign in (1, -1):

@@ -265,7 +265,9 @@ BackwardMemory<U> take_backward_memory(const AttentionBackwardParams& g, int64_t
     }
     if (arena.base != nullptr) m.slots[i] = slot;
   }
+  constexpr int64_t kTileRows = VecTraits<Sum<U>>::kTileRows;
   for (int64_t i = 0; i < plan.workers; ++i) {
+    if (i > 0) arena.separate(kTileRows * plan.score_stride * static_cast<int64_t>(sizeof(U)));
     const WorkerMemory<U> w = take_worker(plan, arena);
     if (arena.base != nullptr) m.workers[i] = w;
   }

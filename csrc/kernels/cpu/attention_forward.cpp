@@ -16,26 +16,57 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Attending.
 
+// Products of all rows with a panel of keys, their sums given to `finish`.
+template <typename U, typename F, typename E>
+X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<U>& plan, const Panel& panel,
+                                   bool ordinary_keys, const PackedHead<U>& head,
+                                   const RowBlock& block, const RowScratch<U>& s, Sum<U>* to,
+                                   F&& beside, const E& finish) {
+  const int64_t d = plan.depth;
+  // Special rows are packed raw already; ordinary ones meet special keys raw.
+  const U* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
+  const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + panel.packed * d;
+  if (panel.width == 2 * kLanes<Sum<U>>) {
+    multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
+                                              panel.width, to, plan.score_stride, beside, finish);
+  } else {
+    multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
+                                              panel.width, to, plan.score_stride, beside, finish);
+  }
+}
+
 // Scores of all rows with the keys in columns [first, last).
 template <typename U, typename F>
 void score_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s,
                  F&& beside) {
+  for (int64_t c = first; c < last;) {
+    const Panel panel = panel_at<Sum<U>>(columns, c);
+    score_panel(plan, panel, c < columns.special_start, head, block, s, s.scores + (c - first),
+                beside, Written{});
+    c += panel.columns;
+  }
+}
+
+// The same, with weights in place of scores that are bounded.
+template <typename U, typename F>
+void weigh_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s,
+                 F&& beside) {
   using T = Sum<U>;
-  const int64_t d = plan.depth;
   for (int64_t c = first; c < last;) {
     const Panel panel = panel_at<T>(columns, c);
     const bool ordinary_keys = c < columns.special_start;
-    // Special rows are packed raw already; ordinary ones meet special keys raw.
-    const U* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
-    const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + panel.packed * d;
-    T* scores = s.scores + (c - first);
-    if (panel.width == 2 * kLanes<T>) {
-      multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
-                                                panel.width, scores, plan.score_stride, beside);
+    const int64_t keys =
+        (ordinary_keys ? columns.ordinary : columns.special_start + columns.special) - c;
+    if (keys >= panel.width) {
+      score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
+                  Weighted<U, false>{c - first, s.lane_sums, nullptr});
     } else {
-      multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
-                                                panel.width, scores, plan.score_stride, beside);
+      T keep[2 * kLanes<T>];
+      for (int64_t j = 0; j < panel.width; ++j) keep[j] = j < keys ? T{1} : T{0};
+      score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
+                  Weighted<U, true>{c - first, s.lane_sums, keep});
     }
     c += panel.columns;
   }
@@ -123,6 +154,18 @@ void store_block(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
   }
 }
 
+// Whether weights may be made of scores while these are in registers.
+X_ROPE_CLS_INLINE bool weights_in_registers(const AttentionParams& p) {
+  return p.bias == nullptr && p.dropout_p == 0;
+}
+
+template <typename U>
+Sum<U> reach_of_keys(const ForwardPlan<U>& plan, const PackedHead<U>& head) {
+  Sum<U> reach{0};
+  for (int64_t i = 0; i < (plan.whole ? 1 : plan.packs); ++i) reach = max_of(reach, head.reach[i]);
+  return reach;
+}
+
 template <typename S>
 void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
                   const RowBlock& block, Ahead<S>& ahead, const RowScratch<Operand<S>>& s) {
@@ -132,28 +175,35 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
   const Split split = plan.keys.of(block.b);
   const Columns columns = close_columns_of<T>(split);
   const bool apart = !block.ordinary && few_apart(plan, block.b);
+  bool bounded = false;
   if (apart) {
     pack_apart<S>(plan, block, s);
   } else {
-    pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+    const T reach = pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+    bounded = weights_in_registers(*plan.p) && is_bounded(reach, reach_of_keys(plan, head));
   }
   if (columns.total == 0) {
     for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
   }
   for (int64_t r = 0; r < block.rows; ++r) {
-    s.maximum[r] = -kInfinity<T>;
+    s.maximum[r] = bounded ? T{0} : -kInfinity<T>;
     s.sum[r] = T{0};
+    if (bounded) store<T>(s.lane_sums + r * kLanes<T>, Vec<T>{});
   }
   const int64_t end =
       columns.special > 0 ? columns.special_start + columns.special : columns.ordinary;
   for (int64_t first = 0; first < columns.total;) {
     const int64_t last = block_end<T>(columns, first, kKeyBlock);
-    if (apart) {
-      score_apart<S>(plan, columns, split, block, first, last, s);
+    if (bounded) {
+      weigh_block(plan, columns, head, block, first, last, s, ahead);
     } else {
-      score_block(plan, columns, head, block, first, last, s, ahead);
+      if (apart) {
+        score_apart<S>(plan, columns, split, block, first, last, s);
+      } else {
+        score_block(plan, columns, head, block, first, last, s, ahead);
+      }
+      soften_block(plan, columns, split, block, first, last, s);
     }
-    soften_block(plan, columns, split, block, first, last, s);
     const int64_t weights = min_of(last, end) - first;  // without the padding behind the last key
     const auto sum_values = [&](auto accumulate) {
       multiply<U, Left::kByRow, decltype(accumulate)::value>(
@@ -168,6 +218,9 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
       sum_values(std::true_type{});
     }
     first = last;
+  }
+  for (int64_t r = 0; bounded && r < block.rows; ++r) {
+    s.sum[r] = sum_lanes<T>(load<T>(s.lane_sums + r * kLanes<T>));
   }
   store_block<S>(plan, block, s);
 }
@@ -206,7 +259,7 @@ void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) 
     wait_until(*head.attended, round * plan.attends);
     // A split may leave fewer columns than keys, and special ones start a vector of their own.
     const int64_t last = local + 1 == plan.packs ? plan.most_columns : (local + 1) * kPackKeys;
-    pack_head<S>(plan, head, unit, local * kPackKeys, last, m.scratch[worker]);
+    head.reach[local] = pack_head<S>(plan, head, unit, local * kPackKeys, last, m.scratch[worker]);
     add(*head.packed, 1);
   } else {
     wait_until(*head.packed, (round + 1) * plan.packs);
@@ -252,7 +305,7 @@ void run_heads(const ForwardMemory<Operand<S>>& m, int64_t first, int64_t last, 
   const ForwardPlan<Operand<S>>& plan = m.plan;
   const PackedHead<Operand<S>>& head = m.heads[worker];
   for (int64_t unit = first; unit < last; ++unit) {
-    pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
+    head.reach[0] = pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
     for (int64_t i = 0; i < plan.attends; ++i) {
       const RowBlock block = find_rows(plan, unit, i);
       if (block.rows == 0) continue;

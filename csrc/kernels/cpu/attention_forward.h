@@ -3,6 +3,7 @@
 
 #include "../attention.h"
 #include "attention_common.h"
+#include "bounded.h"
 #include "tasks.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int64_t kMostRows = 96;        // of a query block
 constexpr int64_t kLeastRows = 24;       // when there are too few blocks for the workers
-constexpr int64_t kKeyBlock = 512;       // columns of scores held at a time
+constexpr int64_t kKeyBlock = 256;       // columns of scores held at a time
 constexpr int64_t kPackKeys = 512;       // keys a packing task takes
 constexpr int64_t kFewApart = 16;        // rows apart of a key head that are not worth raw panels
 constexpr int64_t kFewApartKeys = 128;   // keys that they read at a time
@@ -47,6 +48,7 @@ struct PackedHead {
   U* keys;
   U* raw;
   U* values;
+  Sum<U>* reach;      // of its keys, by packing task: what Reach::value() says
   Counter* packed;    // packing tasks done, over all heads that used the slot
   Counter* attended;  // attending tasks done
 };
@@ -62,6 +64,7 @@ struct RowScratch {
   T* out;        // (rows, value_width)
   T* maximum;    // (rows), log2
   T* sum;        // (rows)
+  T* lane_sums;  // (rows, lanes), where weights need no maximum
   T* rows;       // (2 vectors, widest row)
   T* table;      // (2 * pairs)
   T* factors;    // (key block), dropout
@@ -134,13 +137,16 @@ ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& a
     head.raw = plan.raw_keys ? arena.take<U>(plan.most_columns * plan.depth) : nullptr;
     head.values =
         arena.take<U>(plan.value_panels * 2 * kLanes<T> * plan.most_columns / kTogether<U>);
+    head.reach = arena.take<T>(max_of<int64_t>(plan.packs, 1));
     head.packed = arena.take<Counter>(1);
     head.attended = arena.take<Counter>(1);
     if (arena.base != nullptr) m.heads[i] = head;
   }
+  constexpr int64_t kTileRows = VecTraits<T>::kTileRows;
   const int64_t widest_row = max_of(plan.key_width, plan.value_width);
   for (int64_t i = 0; i < plan.workers; ++i) {
     RowScratch<U> s{};
+    if (i > 0) arena.separate(kTileRows * plan.score_stride * static_cast<int64_t>(sizeof(U)));
     s.query = arena.take<U>(plan.row_block * plan.key_stride);
     s.query_raw = sets_apart(p) ? arena.take<U>(plan.row_block * plan.key_stride) : nullptr;
     s.apart = plan.raw_keys ? arena.take<T>(kFewApart * plan.key_width) : nullptr;
@@ -149,6 +155,7 @@ ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& a
     s.out = arena.take<T>(plan.row_block * plan.value_width);
     s.maximum = arena.take<T>(plan.row_block);
     s.sum = arena.take<T>(plan.row_block);
+    s.lane_sums = arena.take<T>(plan.row_block * kLanes<T>);
     s.rows = arena.take<T>(2 * kLanes<T> * widest_row);
     s.table = arena.take<T>(2 * p.pairs);
     s.factors = p.dropout_p > 0 ? arena.take<T>(plan.score_stride) : nullptr;

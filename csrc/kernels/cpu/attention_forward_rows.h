@@ -13,7 +13,8 @@ namespace {
 template <typename S>
 void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, const int32_t* index,
                     int64_t count, int64_t width, bool ordinary, bool rotated,
-                    const RowScratch<Operand<S>>& scratch, Operand<S>* to) {
+                    const RowScratch<Operand<S>>& scratch, Operand<S>* to,
+                    Reach<Operand<S>>& reach) {
   using T = Compute<S>;
   using Ops = OperandTraits<Operand<S>>;
   const AttentionParams& p = *plan.p;
@@ -29,6 +30,7 @@ void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, c
     Ops::round_row(row, plan.key_width);
   }
   transpose_panel(scratch.rows, plan.key_width, width, plan.depth, reinterpret_cast<T*>(to));
+  reach.add_panel(to, width, plan.depth);
 }
 
 // Values of columns [first, last); padding columns become zero rows.
@@ -74,10 +76,12 @@ bool few_apart(const ForwardPlan<U>& plan, int64_t b) {
   return plan.queries.of(b).special * plan.group <= kFewApart;
 }
 
-// Panels that start in columns [first, last) of the head, and the values of these columns.
+// Panels that start in columns [first, last) of the head, and the values of these columns. Returns
+// how far these keys reach.
 template <typename S>
-void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
-               int64_t unit, int64_t first, int64_t last, const RowScratch<Operand<S>>& scratch) {
+Compute<S> pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
+                     int64_t unit, int64_t first, int64_t last,
+                     const RowScratch<Operand<S>>& scratch) {
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   const int64_t b = unit / p.key_heads;
@@ -85,6 +89,7 @@ void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>
   const Split split = plan.keys.of(b);
   const Columns columns = close_columns_of<T>(split);
   const bool raw_too = head.raw != nullptr && !few_apart(plan, b);
+  Reach<Operand<S>> reach;
   for (int64_t c = 0; c < min_of(last, columns.total);) {
     const Panel panel = panel_at<T>(columns, c);
     if (c >= first) {
@@ -95,16 +100,17 @@ void pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>
       const int32_t* index = split.index + key;
       const int64_t at = panel.packed * plan.depth;
       pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, true, scratch,
-                        head.keys + at);
+                        head.keys + at, reach);
       if (raw_too && ordinary) {
         pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, false, scratch,
-                          head.raw + at);
+                          head.raw + at, reach);
       }
     }
     c += panel.columns;
   }
   pack_values<S>(plan, columns, split, b, h, first, min_of(last, columns.total), scratch,
                  head.values);
+  return reach.value();
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -118,14 +124,15 @@ struct RowBlock {
   bool ordinary;
 };
 
-// The rows of a block; raw_too: of ordinary ones both ways.
+// The rows of a block; raw_too: of ordinary ones both ways. Returns how far they reach.
 template <typename S>
-void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bool raw_too,
-                  const RowScratch<Operand<S>>& s) {
+Compute<S> pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bool raw_too,
+                        const RowScratch<Operand<S>>& s) {
   using T = Compute<S>;
   using U = Operand<S>;
   const AttentionParams& p = *plan.p;
   const T scale = static_cast<T>(p.scale * kLog2E);
+  Reach<U> reach;
   for (int64_t r = 0; r < block.rows; ++r) {
     U* const query = s.query + r * plan.key_stride;
     U* const query_raw = raw_too ? s.query_raw + r * plan.key_stride : nullptr;
@@ -142,9 +149,12 @@ void pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bo
                    p.pairs, p.interleaved, false);
       }
       round_into(raw, plan.key_width, query_raw);
+      reach.add_row(query_raw, plan.key_stride);
     }
     round_into(row, plan.key_width, query);
+    reach.add_row(query, plan.key_stride);
   }
+  return reach.value();
 }
 
 // A few rows without a position, packed in `apart`.

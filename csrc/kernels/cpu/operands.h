@@ -28,6 +28,12 @@ struct OperandTraits {
   X_ROPE_CLS_INLINE void add_products(Vec<T>& sum, Vector a, Vector b) { sum += a * b; }
   // A vector of a stack of two rows; of `even` alone where an operand is one element.
   X_ROPE_CLS_INLINE Vector stacked(const T* even, const T* /*odd*/) { return load<T>(even); }
+  // Sums become elements `column` and following of a row of operands.
+  template <int kVectors>
+  X_ROPE_CLS_INLINE void store_elements(T* row, int64_t column, const Vec<T> (&v)[kVectors]) {
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kVectors; ++i) store<T>(row + column + i * kLanes<T>, v[i]);
+  }
   // A row of n elements, a multiple of the lanes, becomes operands along it, in place.
   X_ROPE_CLS_INLINE T* round_row(T* row, int64_t /*n*/) { return row; }
 };
@@ -70,6 +76,15 @@ struct OperandTraits<BFloat16Pair> {
     const auto high = (Half)_mm512_cvtneps_pbh((__m512)second);
     return (__m512i)(__builtin_convertvector(low, UInt32Vec) |
                      (__builtin_convertvector(high, UInt32Vec) << 16));
+  }
+  template <int kVectors>
+  X_ROPE_CLS_INLINE void store_elements(float* row, int64_t column, const FloatVec (&v)[kVectors]) {
+    auto* const to = reinterpret_cast<uint16_t*>(row) + column;
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v[i]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kLanes<float>), (__m256i)rounded);
+    }
   }
   X_ROPE_CLS_INLINE BFloat16Pair* round_row(float* row, int64_t n) {
     auto* to = reinterpret_cast<BFloat16Pair*>(row);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "operands.h"
 #include "vec.h"
@@ -73,66 +74,69 @@ X_ROPE_CLS_INLINE void multiply_tile(Vec<Sum<U>> (&acc)[kRows][kVectors], const 
   }
 }
 
-template <typename U, Left kLeft, bool kAccumulate, int kRows, int kVectors>
-static __attribute__((noinline)) void tile(const U* a, int64_t a_stride, const U* b,
-                                           int64_t b_stride, int64_t depth, Sum<U>* c,
-                                           int64_t c_stride) {
-  using T = Sum<U>;
-  Vec<T> acc[kRows][kVectors];
-  X_ROPE_CLS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
+// What becomes of a tile of sums, whose first row is row `r` of C: it is written there.
+struct Written {
+  template <typename T, int kRows, int kVectors>
+  __attribute__((always_inline)) void operator()(const Vec<T> (&acc)[kRows][kVectors], int64_t r,
+                                                 T* c, int64_t c_stride) const {
+    c += r * c_stride;
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      acc[r][v] = kAccumulate ? load<T>(c + r * c_stride + v * kLanes<Sum<U>>) : Vec<T>{};
+    for (int i = 0; i < kRows; ++i) {
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) store<T>(c + i * c_stride + v * kLanes<T>, acc[i][v]);
     }
   }
-  multiply_tile<U, kLeft, kRows, kVectors>(acc, a, a_stride, b, b_stride, depth);
-  X_ROPE_CLS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
+};
+
+// Rows [r, r + kRows) of C.
+template <typename U, Left kLeft, bool kAccumulate, int kRows, int kVectors, typename E>
+static __attribute__((noinline)) void tile(const U* a, int64_t a_stride, const U* b,
+                                           int64_t b_stride, int64_t depth, int64_t r, Sum<U>* c,
+                                           int64_t c_stride, const E& finish) {
+  using T = Sum<U>;
+  Vec<T> acc[kRows][kVectors] = {};
+  multiply_tile<U, kLeft, kRows, kVectors>(acc, a + r * (kLeft == Left::kByRow ? a_stride : 1),
+                                           a_stride, b, b_stride, depth);
+  if constexpr (kAccumulate) {  // last: long sums are more accurate in parts
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) store<T>(c + r * c_stride + v * kLanes<Sum<U>>, acc[r][v]);
+    for (int i = 0; i < kRows; ++i) {
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        acc[i][v] += load<T>(c + (r + i) * c_stride + v * kLanes<T>);
+      }
+    }
   }
+  finish(acc, r, c, c_stride);
 }
 
 struct Nothing {
   void operator()() const {}
 };
 
-// One column panel (kVectors wide) of C, all rows: full tiles, then 4, 2 and 1 rows. `beside` is
-// called once a full tile.
-template <typename U, Left kLeft, bool kAccumulate, int kVectors, typename F = Nothing>
+// One column panel (kVectors wide) of C, all rows: full tiles, then 6, 4, 2 and 1 rows. `beside` is
+// called once a full tile, `finish` with the sums of every tile.
+template <typename U, Left kLeft, bool kAccumulate, int kVectors, typename F = Nothing,
+          typename E = Written>
 X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, int64_t a_stride,
                                       const U* b, int64_t b_stride, Sum<U>* c, int64_t c_stride,
-                                      F&& beside = {}) {
+                                      F&& beside = {}, const E& finish = {}) {
   constexpr int kRows = VecTraits<Sum<U>>::kTileRows;
-  const int64_t a_step = kLeft == Left::kByRow ? a_stride : 1;
   int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
+  const auto rows_at_once = [&](auto count) __attribute__((always_inline)) {
+    tile<U, kLeft, kAccumulate, decltype(count)::value, kVectors>(a, a_stride, b, b_stride, depth,
+                                                                  r, c, c_stride, finish);
+    r += decltype(count)::value;
+  };
+  while (r + kRows <= rows) {
     beside();
-    tile<U, kLeft, kAccumulate, kRows, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
-                                                 c + r * c_stride, c_stride);
+    rows_at_once(std::integral_constant<int, kRows>{});
   }
   if constexpr (kRows > 6) {
-    if (r + 6 <= rows) {
-      tile<U, kLeft, kAccumulate, 6, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
-                                               c + r * c_stride, c_stride);
-      r += 6;
-    }
+    if (r + 6 <= rows) rows_at_once(std::integral_constant<int, 6>{});
   }
-  if (r + 4 <= rows) {
-    tile<U, kLeft, kAccumulate, 4, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
-                                             c + r * c_stride, c_stride);
-    r += 4;
-  }
-  if (r + 2 <= rows) {
-    tile<U, kLeft, kAccumulate, 2, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
-                                             c + r * c_stride, c_stride);
-    r += 2;
-  }
-  if (r < rows) {
-    tile<U, kLeft, kAccumulate, 1, kVectors>(a + r * a_step, a_stride, b, b_stride, depth,
-                                             c + r * c_stride, c_stride);
-  }
+  if (r + 4 <= rows) rows_at_once(std::integral_constant<int, 4>{});
+  if (r + 2 <= rows) rows_at_once(std::integral_constant<int, 2>{});
+  if (r < rows) rows_at_once(std::integral_constant<int, 1>{});
 }
 
 // C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the

@@ -196,16 +196,46 @@ X_ROPE_CLS_INLINE DoubleVec exp2_polynomial(DoubleVec r) {
 
 #ifdef __AVX512F__
 // The processor rounds to integers and scales by powers of two.
-X_ROPE_CLS_INLINE FloatVec exp2_avx512(FloatVec x) {
+X_ROPE_CLS_INLINE FloatVec round_avx512(FloatVec x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns about the intrinsic without a mask
+  return (FloatVec)_mm512_maskz_roundscale_ps(kAll, (__m512)x, kNearest);
+}
+X_ROPE_CLS_INLINE FloatVec exp2_avx512(FloatVec x) {
   const __mmask16 normal =
       _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(Exp2Constants<float>::kLowest), _CMP_NLT_UQ);
-  constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns about the intrinsic without a mask
-  const auto rounded = (FloatVec)_mm512_maskz_roundscale_ps(kAll, (__m512)x, kNearest);
+  const FloatVec rounded = round_avx512(x);
   const FloatVec value = exp2_polynomial(x - rounded);
   return (FloatVec)_mm512_maskz_scalef_ps(normal, (__m512)value, (__m512)rounded);
 }
 #endif
+
+// 2^i, where `rounded` is the integer i plus kMagic: i sits in the low mantissa bits; what is above
+// them is shifted out.
+template <typename T>
+X_ROPE_CLS_INLINE Vec<T> power_of_two(Vec<T> rounded) {
+  using C = Exp2Constants<T>;
+  using Int = typename VecTraits<T>::Int;
+  using IntScalar = typename VecTraits<T>::IntScalar;
+  const Int bits = reinterpret_cast<Int>(rounded);
+  return reinterpret_cast<Vec<T>>((bits + static_cast<IntScalar>(C::kBias)) << C::kShift);
+}
+
+// 2^x for |x| below 100.
+template <typename T>
+X_ROPE_CLS_INLINE Vec<T> exp2_moderate(Vec<T> x) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 4) {
+    const FloatVec rounded = round_avx512(x);
+    const FloatVec value = exp2_polynomial(x - rounded);
+    return (FloatVec)_mm512_maskz_scalef_ps(0xffff, (__m512)value, (__m512)rounded);
+  }
+#endif
+  using C = Exp2Constants<T>;
+  const Vec<T> rounded = x + C::kMagic;
+  const Vec<T> value = exp2_polynomial(x - (rounded - C::kMagic));
+  return value * power_of_two<T>(rounded);
+}
 
 template <typename T>
 X_ROPE_CLS_INLINE Vec<T> exp2(Vec<T> x) {
@@ -213,17 +243,11 @@ X_ROPE_CLS_INLINE Vec<T> exp2(Vec<T> x) {
   if constexpr (sizeof(T) == 4) return exp2_avx512(x);
 #endif
   using C = Exp2Constants<T>;
-  using Int = typename VecTraits<T>::Int;
-  using IntScalar = typename VecTraits<T>::IntScalar;
   const Vec<T> lowest = broadcast<T>(C::kLowest);
   const Vec<T> clamped = lowest > x ? lowest : x;  // keeps NaN
   const Vec<T> rounded = clamped + C::kMagic;
   const Vec<T> fraction = clamped - (rounded - C::kMagic);
-  const Vec<T> value = exp2_polynomial(fraction);
-  // The integer part sits in the low mantissa bits of `rounded`; what is above them is shifted out.
-  const Int bits = reinterpret_cast<Int>(rounded);
-  const Int exponent = (bits + static_cast<IntScalar>(C::kBias)) << C::kShift;
-  const Vec<T> result = value * reinterpret_cast<Vec<T>>(exponent);
+  const Vec<T> result = exp2_polynomial(fraction) * power_of_two<T>(rounded);
   return x < lowest ? Vec<T>{} : result;
 }
 
