@@ -47,6 +47,7 @@ def test_many_parts(N, masked):
     for norm in NORMS:
         check_pool_forward(model_case(2, N, 24, norm=norm, heads=3, queries=1, masked=masked))
     check_pool_forward(model_case(2, N, 64, torch.bfloat16, heads=3, queries=1, masked=masked))
+    check_pool_forward(model_case(2, N, 32, heads=8, queries=4, masked=masked))
 
 
 @pytest.mark.parametrize("C", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 96, 127, 128, 129, 160, 192, 257, 400, 512, 1000])
@@ -121,9 +122,10 @@ def test_small_and_large_scores(scale, dtype):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_increasing_and_decreasing_scores(sign):
+@pytest.mark.parametrize("queries", [2, 16])
+def test_increasing_and_decreasing_scores(sign, queries):
     """The running maximum moves at every block, or only at the first; parts differ by far more than 2^128."""
-    case = model_case(2, 2100, 16)
+    case = model_case(2, 2100, 16, queries=queries)
     x = case.x.clone()
     x[:, :, 0] = sign * torch.linspace(-800, 800, 2100)
     query = case.query.clone()
@@ -205,9 +207,9 @@ def test_nan_in_a_token_reaches_its_batch_alone(backend, dtype, norm, N, n):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("N", [20, 600])
-def test_nan_in_a_query_stays_in_its_row(backend, dtype, N):
-    case = model_case(2, N, 20, dtype, heads=3, shared=False)
+@pytest.mark.parametrize(("N", "heads"), [(20, 3), (600, 3), (600, 16)])
+def test_nan_in_a_query_stays_in_its_row(backend, dtype, N, heads):
+    case = model_case(2, N, 20, dtype, heads=heads, shared=False)
     clean = call_pool(case)
     case.query[1, 2, 1, 19] = torch.nan
     pooled, lse = call_pool(case)
@@ -219,9 +221,9 @@ def test_nan_in_a_query_stays_in_its_row(backend, dtype, N):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_result_does_not_depend_on_the_number_of_threads(isa, threads, dtype):
-    for norm, masked in ((None, 0.0), ("layer", 0.3)):
+    for norm, masked, queries in ((None, 0.0, 2), ("layer", 0.3, 2), (None, 0.0, 4)):
         for B, N, C in SIZES:
-            case = model_case(B, N, C, dtype, norm, heads=8, masked=masked)
+            case = model_case(B, N, C, dtype, norm, heads=8, queries=queries, masked=masked)
             torch.set_num_threads(1)
             expected = call_pool(case)
             torch.set_num_threads(threads)

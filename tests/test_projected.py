@@ -95,6 +95,14 @@ def test_rows(dtype, rows):
     check(make(dtype, B=rows, heads=(2, 2), C=32, head_order="cyclic"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [32, 40])
+@pytest.mark.parametrize(("B", "M"), [(1, 65), (72, 1), (23, 3), (5, 13)])
+def test_many_rows(dtype, C, B, M):
+    """Columns of weights are lanes; rows lie together, a batch apart, or in runs too short or long enough."""
+    check(make(dtype, B=B, M=M, heads=(2, 1), C=C, dims=(16, 20)))
+
+
 def test_queries_shared_by_the_batch():
     case = make(torch.float32, B=5, M=3)
     check(replace(case, q=case.q[:1]))

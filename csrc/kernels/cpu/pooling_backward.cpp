@@ -108,8 +108,8 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
   T* grads = s.stack + plan.rows * plan.width;
-  pack_pool_rows<S>(plan, p.query, b, static_cast<T>(p.scale * kLog2E), s.stack);
-  pack_pool_rows<S>(plan, g.grad, b, T{1}, grads);
+  pack_pool_rows<S>(plan, p.query, b, 0, plan.rows, static_cast<T>(p.scale * kLog2E), s.stack);
+  pack_pool_rows<S>(plan, g.grad, b, 0, plan.rows, T{1}, grads);
   if constexpr (kHasDots<S>) {
     if (plan.dots) {
       copy_pool_rows<S>(plan, p.query, b, s.dots.rows);

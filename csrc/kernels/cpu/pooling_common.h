@@ -18,8 +18,10 @@ namespace {
 
 constexpr int64_t kPoolBlockBytes = 131072;  // of token states between the two products: in L2
 constexpr int64_t kPoolMostTokens = 128;     // of a block
-constexpr int64_t kPoolTasks = 32;           // that a call is cut into where it is large enough
+constexpr int64_t kPoolTasks = 16;           // that a call is cut into where it is large enough
+constexpr int64_t kPoolManyTasks = 32;       // where parts stay long
 constexpr int64_t kPoolChunk = 256;          // tokens; fewer are not worth a sum of their own
+constexpr int64_t kPoolLongChunk = 512;      // of which that sum takes next to nothing
 constexpr double kPoolFlopsPerWorker = 2e5;  // less work is not worth another thread
 
 // Sizes and choices of one call. They depend on the shapes alone, so that results do not depend on
@@ -30,6 +32,7 @@ struct PoolPlan {
   int64_t width;    // channels padded to whole vectors
   int64_t block;    // tokens of a block, a multiple of kDotTokens
   int64_t columns;  // row stride of scores
+  int64_t lanes;    // of a token's scores, where rows are lanes (lane_rows.h); else 0
   int64_t chunks;   // parts of a batch's tokens, summed apart
   int64_t group;    // batches of a task, where chunks is 1
   int64_t tasks;    // ceil(batch / group) * chunks
@@ -57,10 +60,13 @@ PoolPlan make_pool_plan(const PoolParams& p, int64_t most_workers, int64_t produ
   const int64_t block = max_of<int64_t>(16, min_of(kPoolMostTokens, fits)) / 16 * 16;
   plan.block = max_of<int64_t>(kDotTokens, min_of(block, round_up(p.tokens, kDotTokens)));
   plan.columns = round_up(plan.block, kLanes<T>) + kLanes<T>;
-  const int64_t least = max_of(kPoolChunk, 4 * plan.rows);
   const int64_t batch = max_of<int64_t>(1, p.batch);
-  plan.chunks = max_of<int64_t>(1, min_of(ceil_div(kPoolTasks, batch), p.tokens / least));
-  plan.group = plan.chunks > 1 ? 1 : ceil_div(batch, 2 * kPoolTasks);
+  const auto parts = [&](int64_t tasks, int64_t least) {
+    return min_of(ceil_div(tasks, batch), p.tokens / max_of(least, 4 * plan.rows));
+  };
+  plan.chunks = max_of<int64_t>(
+      1, max_of(parts(kPoolTasks, kPoolChunk), parts(kPoolManyTasks, kPoolLongChunk)));
+  plan.group = plan.chunks > 1 ? 1 : ceil_div(batch, 2 * kPoolManyTasks);
   plan.tasks = ceil_div(p.batch, plan.group) * plan.chunks;
   const double flops = 2.0 * static_cast<double>(products) *
                        static_cast<double>(p.batch * p.tokens) *
@@ -127,13 +133,13 @@ void copy_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, S* to) {
   }
 }
 
-// Dense rows of the compute type, times `factor`, padded with zeros.
+// Rows [first, first + count), dense, of the compute type, times `factor`, padded with zeros.
 template <typename S>
-void pack_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, Compute<S> factor,
-                    Compute<S>* to) {
+void pack_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, int64_t first, int64_t count,
+                    Compute<S> factor, Compute<S>* to) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
-  for (int64_t r = 0; r < plan.rows; ++r, to += plan.width) {
+  for (int64_t r = first; r < first + count; ++r, to += plan.width) {
     load_row(row4<S>(t, b, r, p.queries), t.stride_d, p.channels, to);
     for (int64_t c = 0; c < p.channels; ++c) to[c] *= factor;
     for (int64_t c = p.channels; c < plan.width; ++c) to[c] = T{0};

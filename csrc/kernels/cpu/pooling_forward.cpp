@@ -5,16 +5,23 @@
 // batch's tokens are cut into several parts, whoever finishes the last of them merges the sums, in
 // order, so that results do not depend on the threads.
 #include "isa.h"
+#include "lane_rows.h"
 #include "partial_sums.h"
 #include "pooling_common.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
+// Of blocks where rows are lanes.
+constexpr int64_t kLaneBlockBytes = 196608;
+constexpr int64_t kLaneTokens = 96;
+
 template <typename T>
 struct PoolScratch {
-  T* query;  // (rows, width), scaled by scale * log2(e)
-  T* scores;
+  T* query;    // (rows, width) or panels of lane_rows.h, scaled by scale * log2(e)
+  T* scores;   // (rows, columns) or (tokens, lanes)
+  T* packed;   // (a vector of rows, width), where rows fill the lanes
+  T* running;  // (3, lanes) there: maxima, sums and what outputs are rescaled by
   T* buffer;
   TokenMoments<T>* moments;
   DotScratch dots;
@@ -30,11 +37,22 @@ struct PoolMemory {
   Counter* done;         // parts done, a batch
 };
 
+// Blocks are whole tiles of tokens then; longer ones, as each of them costs a pass over the sums.
+template <typename T>
+void choose_lanes(PoolPlan& plan) {
+  constexpr int64_t kTile = VecTraits<T>::kTileRows;
+  plan.lanes = round_up(plan.rows, kLanes<T>) + kLanes<T>;  // no power of two
+  const int64_t fits = kLaneBlockBytes / (plan.width * static_cast<int64_t>(sizeof(T)));
+  const int64_t most = min_of(kLaneTokens, round_up(plan.p->tokens, kTile));
+  plan.block = max_of(kTile, min_of(fits, most) / kTile * kTile);
+}
+
 template <typename S>
 PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Arena& arena) {
   using T = Compute<S>;
   PoolMemory<T> m{};
   m.plan = make_pool_plan<S>(p, workers, 2);
+  if (!m.plan.dots && fills_lanes<T>(m.plan.rows)) choose_lanes<T>(m.plan);
   const PoolPlan& plan = m.plan;
   take_kept(m.plan, arena);
   m.scratch = arena.take<PoolScratch<T>>(plan.workers);
@@ -44,8 +62,15 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
   }
   for (int64_t i = 0; i < plan.workers; ++i) {
     PoolScratch<T> s{};
-    s.query = arena.take<T>(plan.rows * plan.width);
-    s.scores = arena.take<T>(plan.rows * plan.columns);
+    if (plan.lanes > 0) {
+      s.query = arena.take<T>(lane_rows_size<T>(plan.rows, plan.width));
+      s.scores = arena.take<T>(plan.block * plan.lanes);
+      s.packed = arena.take<T>(kLanes<T> * plan.width);
+      s.running = arena.take<T>(3 * plan.lanes);
+    } else {
+      s.query = arena.take<T>(plan.rows * plan.width);
+      s.scores = arena.take<T>(plan.rows * plan.columns);
+    }
     s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
     s.moments = arena.take<TokenMoments<T>>(plan.block);
     s.dots = take_dot_scratch(plan, plan.rows, arena);
@@ -67,6 +92,50 @@ void soften_pool(const PoolPlan& plan, int64_t tokens, T* scores, const PartialS
   }
 }
 
+// Scores of one block become weights where rows are lanes.
+template <typename T>
+void soften_pool_lanes(const PoolPlan& plan, int64_t tokens, const PoolScratch<T>& s, T* out) {
+  for (int64_t first = 0; first < plan.rows; first += kLanes<T>) {
+    T* const maximum = s.running + first;
+    T* const factors = maximum + 2 * plan.lanes;
+    if (!soften_lanes(s.scores + first, plan.lanes, tokens, maximum, maximum + plan.lanes,
+                      factors)) {
+      continue;
+    }
+    const int64_t last = min_of<int64_t>(plan.rows - first, kLanes<T>);
+    for (int64_t r = 0; r < last; ++r) {
+      T* row = out + (first + r) * plan.width;
+      for (int64_t c = 0; c < plan.width; ++c) row[c] *= factors[r];
+    }
+  }
+}
+
+// pool_range where rows are lanes.
+template <typename S>
+bool pool_range_lanes(const PoolPlan& plan, const TokenRange& range, const TokenRange& after,
+                      const PoolScratch<Compute<S>>& s, const PartialSums<Compute<S>>& sums) {
+  using T = Compute<S>;
+  for (int64_t r = 0; r < plan.lanes; ++r) {
+    s.running[r] = -kInfinity<T>;
+    s.running[plan.lanes + r] = T{0};
+  }
+  int64_t ahead = 0;
+  for (int64_t i = range.first; i < range.last; i += plan.block) {
+    const int64_t count = min_of(plan.block, range.last - i);
+    const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
+    ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    lane_scores(s.query, plan.rows, x, plan.width, ahead, s.scores, plan.lanes);
+    soften_pool_lanes(plan, count, s, sums.out);
+    const auto sum = i == range.first ? lane_sums<T, false> : lane_sums<T, true>;
+    sum(s.scores, plan.lanes, plan.rows, x, plan.width, sums.out, plan.width);
+  }
+  for (int64_t r = 0; r < plan.rows; ++r) {
+    sums.maximum[r] = s.running[r];
+    sums.sum[r] = s.running[plan.lanes + r];
+  }
+  return ahead != 0;
+}
+
 // Returns whether the first block of `after` has been fetched.
 template <typename S>
 bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange& after,
@@ -78,10 +147,20 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     if constexpr (kHasDots<S>) {
       if (plan.dots) copy_pool_rows<S>(plan, p.query, wanted, s.dots.rows);
     }
-    if (!plan.dots) {
-      pack_pool_rows<S>(plan, p.query, wanted, static_cast<T>(p.scale * kLog2E), s.query);
+    const T factor = static_cast<T>(p.scale * kLog2E);
+    if (plan.lanes > 0) {
+      for (int64_t r = 0; r < plan.rows; r += kLanes<T>) {
+        const int64_t count = min_of<int64_t>(plan.rows - r, kLanes<T>);
+        pack_pool_rows<S>(plan, p.query, wanted, r, count, factor, s.packed);
+        rows_to_lanes(s.packed, plan.width, count, plan.width, r, s.query);
+      }
+    } else if (!plan.dots) {
+      pack_pool_rows<S>(plan, p.query, wanted, 0, plan.rows, factor, s.query);
     }
     s.query_batch = wanted;
+  }
+  if (plan.lanes > 0 && range.first < range.last) {
+    return pool_range_lanes<S>(plan, range, after, s, sums);
   }
   clear_sums(sums, plan.rows, plan.width);
   int64_t ahead = 0;
@@ -117,6 +196,15 @@ void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r,
   store_row<S>(sums.out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
 }
 
+// Asks for `count` rows of so many channels.
+template <typename T>
+X_ROPE_CLS_INLINE void fetch_rows(const T* rows, int64_t stride, int64_t count, int64_t channels) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(rows + i * stride + c, 0, 3);
+  }
+}
+
 // Part i of all tokens. Returns what pool_range does.
 template <typename S>
 bool pool_part(const PoolMemory<Compute<S>>& m, int64_t i, const TokenRange& range,
@@ -134,6 +222,10 @@ bool pool_part(const PoolMemory<Compute<S>>& m, int64_t i, const TokenRange& ran
   const bool fetched = pool_range<S>(plan, range, after, s, sums);
   if (add(m.done[b], 1) + 1 < plan.chunks) return fetched;
   for (int64_t r = 0; r < plan.rows; ++r) {  // the last part is done
+    if (r + 1 < plan.rows) {
+      fetch_rows(sums_from(m.parts, b * plan.chunks * plan.rows + r + 1, plan.width).out,
+                 plan.rows * plan.width, plan.chunks, plan.width);
+    }
     merge_sums(sums_from(m.parts, b * plan.chunks * plan.rows + r, plan.width), plan.rows,
                plan.chunks, plan.width, s.sums);
     store_pool_row<S>(plan, b, r, s.sums);

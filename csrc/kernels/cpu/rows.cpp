@@ -1,5 +1,5 @@
-// Products of a few rows with a matrix, by head. The matrix is read once, where it lies if its
-// elements can be used as they are; the rows of a head are packed, as they are few.
+// Products of a few rows with a matrix, by head. The matrix is read once; it and the rows of a head
+// are read where they lie if their elements can be used as they are, and else packed.
 #include "../rows.h"
 
 #include "arena.h"
@@ -7,6 +7,7 @@
 #include "few_rows.h"
 #include "few_rows_bf16.h"
 #include "isa.h"
+#include "lane_rows.h"
 #include "pooling_grads.h"
 #include "tasks.h"
 
@@ -16,6 +17,8 @@ namespace {
 constexpr int64_t kMatrixRows = 32;          // of a transposed matrix, a task
 constexpr int64_t kMatrixColumns = 128;      // of one that is not, a task
 constexpr int64_t kOuterRows = 24;           // of a sum of outer products, a task
+constexpr int64_t kLaneRows = 64;            // for fewer, turning the matrix does not pay
+constexpr int64_t kShortestRun = 4;          // of rows that are read where they are
 constexpr double kRowsFlopsPerWorker = 2e5;  // less work is not worth another thread
 
 // Rows of one group are numbered by batch, query and head, in this order.
@@ -30,6 +33,17 @@ X_ROPE_CLS_INLINE S* row_at(const HeadRows& rows, const RowGroups& by, int64_t g
   const int64_t head = by.cyclic ? j * by.groups + group : group * together + j;
   return static_cast<S*>(rows.data) + token / by.queries * rows.stride_b +
          token % by.queries * rows.stride_n + head * rows.stride_h;
+}
+
+// Rows of a group that lie equally far apart: `count` of them, then as many again.
+struct RowRun {
+  int64_t count, stride;
+};
+static inline RowRun run_of(const HeadRows& rows, const RowGroups& by) {
+  if (by.heads != by.groups) return {1, 0};
+  if (by.queries == 1) return {by.batch, rows.stride_b};
+  const bool all = by.batch == 1 || rows.stride_b == by.queries * rows.stride_n;
+  return {all ? by.batch * by.queries : by.queries, rows.stride_n};
 }
 
 // The rows of a group, dense, converted to U and padded with zeros.
@@ -54,6 +68,7 @@ struct RowsScratch {
   using T = Compute<S>;
   char* rows;     // of a group, packed, as T or as S
   char* matrix;   // a part of the matrix, as T
+  T* panels;      // and turned, as those of lane_rows.h
   T* sums;        // (rows of a group, columns of a task padded)
   int64_t group;  // whose rows are in `rows`; -1: nobody's
 };
@@ -65,6 +80,8 @@ struct RowsPlan {
   int64_t stride;  // of sums
   bool dots;       // products of bfloat16 as it is
   bool in_place;   // the matrix needs no conversion
+  bool lanes;      // columns of a transposed matrix are lanes
+  RowRun run;      // rows that need none are read where they are; count 0: they are packed
   int64_t workers;
 };
 
@@ -78,6 +95,12 @@ RowsPlan make_rows_plan(const RowsProductParams& p, int64_t most_workers) {
   plan.dots = kHasDots<S> && along % kDotChannels == 0;
   plan.in_place = plan.dots || (__is_same(S, T) && along % kLanes<T> == 0);
   plan.inner = round_up(p.inner, plan.dots ? kDotChannels : int64_t{kLanes<T>});
+  if (p.inner == plan.inner && (plan.dots || __is_same(S, T))) {
+    plan.run = run_of(p.rows, p.by);
+    // Shorter runs would leave the tiles of the products small.
+    if (plan.run.count < min_of(plan.rows, kShortestRun)) plan.run.count = 0;
+  }
+  plan.lanes = p.transposed && !plan.dots && plan.rows >= kLaneRows;
   plan.part = p.transposed ? kMatrixRows : kMatrixColumns;
   plan.parts = ceil_div(p.columns, plan.part);
   plan.stride = plan.part + kLanes<T>;
@@ -95,8 +118,9 @@ RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, Arena& arena) {
   const int64_t block = plan.in_place ? 0 : plan.part * plan.inner;
   for (int64_t i = 0; i < plan.workers; ++i) {
     RowsScratch<S> s{};
-    s.rows = arena.take<char>(plan.rows * plan.inner * size);
+    s.rows = arena.take<char>(plan.run.count > 0 ? 0 : plan.rows * plan.inner * size);
     s.matrix = arena.take<char>(block * static_cast<int64_t>(sizeof(T)));
+    s.panels = arena.take<T>(plan.lanes ? lane_rows_size<T>(plan.part, plan.inner) : 0);
     s.sums = arena.take<T>(plan.rows * plan.stride);
     s.group = -1;
     if (arena.base != nullptr) scratch[i] = s;
@@ -129,19 +153,53 @@ TokenBlock<U> read_matrix(const S* from, int64_t stride, int64_t count, int64_t 
   return {buffer, width, count};
 }
 
+// Products of rows with those of a matrix, turned into lanes.
+template <typename T, typename F>
+void multiply_lanes(const RowsPlan& plan, const TokenBlock<T>& matrix, T* panels,
+                    const F& for_each_run) {
+  for (int64_t c = 0; c < matrix.tokens; c += kLanes<T>) {
+    rows_to_lanes(matrix.data + c * matrix.stride, matrix.stride,
+                  min_of<int64_t>(kLanes<T>, matrix.tokens - c), plan.inner, c, panels);
+  }
+  for_each_run([&](const T* rows, int64_t stride, int64_t count, int64_t ahead, T* sums) {
+    const TokenBlock<T> x{rows, stride, count};
+    lane_scores(panels, matrix.tokens, x, plan.inner, ahead, sums, plan.stride);
+  });
+}
+
 // Columns [first, first + count) of the products of one group, U being S or the compute type.
 template <typename S, typename U>
 void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t group,
                        int64_t first, int64_t count, const RowsScratch<S>& s) {
   using T = Compute<S>;
-  U* rows = reinterpret_cast<U*>(s.rows);
+  // f(rows, stride, count, distance to the next ones, their sums) for all rows.
+  const auto for_each_run = [&](const auto& f) {
+    if (plan.run.count == 0) {
+      return f(reinterpret_cast<const U*>(s.rows), plan.inner, plan.rows, plan.rows * plan.inner,
+               s.sums);
+    }
+    if constexpr (__is_same(S, U)) {
+      for (int64_t r = 0; r < plan.rows; r += plan.run.count) {
+        const S* rows = row_at<const S>(p.rows, p.by, group, r);
+        const int64_t next = r + plan.run.count;
+        const int64_t ahead = next < plan.rows ? row_at<const S>(p.rows, p.by, group, next) - rows
+                                               : plan.run.count * plan.run.stride;
+        f(rows, plan.run.stride, plan.run.count, ahead, s.sums + r * plan.stride);
+      }
+    }
+  };
   U* buffer = reinterpret_cast<U*>(s.matrix);
   const S* matrix = static_cast<const S*>(p.matrix);
   if (p.transposed) {
     const S* from = matrix + (group * p.columns + first) * p.matrix_stride;
     const auto x =
         read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
-    dot_rows(rows, plan.inner, plan.rows, x, plan.inner, 0, s.sums, plan.stride);
+    if constexpr (__is_same(U, T)) {
+      if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
+    }
+    for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
+      dot_rows(rows, stride, count_of_rows, x, plan.inner, 0, sums, plan.stride);
+    });
     return;
   }
   const int64_t width = round_up(count, plan.dots ? kDotChannels : int64_t{kLanes<T>});
@@ -151,7 +209,9 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
   for (int64_t r = 0; r < plan.rows; ++r) {
     for (int64_t c = 0; c < width; ++c) s.sums[r * plan.stride + c] = T{0};
   }
-  sum_rows(rows, plan.inner, plan.rows, x, width, 0, s.sums, plan.stride);
+  for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
+    sum_rows(rows, stride, count_of_rows, x, width, 0, sums, plan.stride);
+  });
   if constexpr (kHasDots<U>) {
     for (int64_t r = 0; r < plan.rows; ++r) natural_order(s.sums + r * plan.stride, width);
   }
@@ -166,7 +226,7 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
   const int64_t count = min_of(plan.part, p.columns - first);
   const auto run = [&](auto type) {
     using U = decltype(type);
-    if (s.group != group) {
+    if (plan.run.count == 0 && s.group != group) {
       pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, reinterpret_cast<U*>(s.rows));
       s.group = group;
     }
