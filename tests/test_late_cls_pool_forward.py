@@ -57,13 +57,20 @@ def test_channels(C):
     check_pool_forward(model_case(2, 300, C, torch.bfloat16))
 
 
-@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 31, 33, 64, 128, 129, 150])
+@pytest.mark.parametrize("rows", [*range(1, 18), 24, 30, 31, 33, 64, 128, 129, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_rows(rows, dtype):
     """Every mixture of tiles; they are cut differently for scores and for sums."""
     check_pool_forward(model_case(2, 19, 20, dtype, heads=1, queries=rows))
     check_pool_forward(model_case(1, 37, 130, dtype, heads=rows, queries=1))
     check_pool_forward(model_case(2, 23, 160, dtype, heads=1, queries=rows, masked=0.2))
+
+
+@pytest.mark.parametrize("N", [1, 11, 12, 13, 100, 101, 300])
+@pytest.mark.parametrize(("C", "dtype"), [(512, torch.float32), (1024, torch.float32), (512, torch.float64)], ids=str)
+def test_blocks_of_many_rows(N, C, dtype):
+    """Rows that fill vectors, over tokens that are whole pages apart and over others."""
+    check_pool_forward(model_case(1, N, C, dtype, heads=8, queries=2))
 
 
 @pytest.mark.parametrize("N", [*range(1, 19), 63, 64, 65, 127, 128, 129, 191, 193, 256, 257])

@@ -27,7 +27,7 @@ constexpr int64_t lane_rows_size(int64_t rows, int64_t width) {
 // Whether so few lanes stay empty that this is faster.
 template <typename T>
 constexpr bool fills_lanes(int64_t rows) {
-  return rows >= kPanelRows<T> && round_up(rows, kLanes<T>) - rows <= rows / 8;
+  return rows >= kLanes<T> && round_up(rows, kLanes<T>) - rows <= rows / 8;
 }
 
 // `count` <= kLanes rows, `stride` apart, to the lanes of panels from row `first` on, a multiple of
@@ -81,7 +81,10 @@ void lane_score_panel(const TokenBlock<T>& x, const T* panel, int64_t channels, 
                                                   ahead, out + n * out_stride, out_stride);
     }
   };
-  run(std::integral_constant<int, kMany>{});
+  // Tokens whole pages apart meet in one set of L1, which does not hold lines of so many.
+  const bool crowded = x.stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+  if (!crowded || kMany <= 6) run(std::integral_constant<int, kMany>{});
+  run(std::integral_constant<int, 6>{});
   run(std::integral_constant<int, 4>{});
   run(std::integral_constant<int, 1>{});
 }
@@ -95,12 +98,13 @@ void lane_scores(const T* panels, int64_t rows, const TokenBlock<T>& x, int64_t 
   if (ahead == x.tokens * x.stride) ahead = VecTraits<T>::kTileRows * x.stride;
   for (int64_t r = 0; r < rows; r += kPanelRows<T>) {
     const T* panel = panels + r * channels;
-    if (rows - r <= kLanes<T>) {
-      lane_score_panel<T, 1, false>(x, panel, channels, 0, out + r, out_stride);
-    } else if (r == 0 && ahead != 0) {
-      lane_score_panel<T, 2, true>(x, panel, channels, ahead, out, out_stride);
+    const bool one = rows - r <= kLanes<T>;
+    if (r == 0 && ahead != 0) {
+      one ? lane_score_panel<T, 1, true>(x, panel, channels, ahead, out, out_stride)
+          : lane_score_panel<T, 2, true>(x, panel, channels, ahead, out, out_stride);
     } else {
-      lane_score_panel<T, 2, false>(x, panel, channels, 0, out + r, out_stride);
+      one ? lane_score_panel<T, 1, false>(x, panel, channels, 0, out + r, out_stride)
+          : lane_score_panel<T, 2, false>(x, panel, channels, 0, out + r, out_stride);
     }
   }
 }
@@ -198,7 +202,6 @@ void lane_sum_rows(const T* w, int64_t w_stride, const TokenBlock<T>& x, int64_t
 template <typename T, bool kAccumulate>
 void lane_sums(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
                T* out, int64_t out_stride) {
-  constexpr int kMany = kManyRegisters ? 8 : 4;
   int64_t r = 0;
   const auto run = [&](auto count, auto vectors) {
     constexpr int kRows = decltype(count)::value;
@@ -207,9 +210,18 @@ void lane_sums(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& 
           w + r, w_stride, x, channels, out + r * out_stride, out_stride);
     }
   };
-  run(std::integral_constant<int, kMany>{}, std::integral_constant<int, 3>{});
-  run(std::integral_constant<int, kMany / 2>{}, std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, 1>{}, std::integral_constant<int, 4>{});
+  using std::integral_constant;
+  if constexpr (kManyRegisters) {
+    run(integral_constant<int, 8>{}, integral_constant<int, 3>{});
+    run(integral_constant<int, 6>{}, integral_constant<int, 4>{});
+    run(integral_constant<int, 4>{}, integral_constant<int, 6>{});
+    run(integral_constant<int, 2>{}, integral_constant<int, 8>{});
+    run(integral_constant<int, 1>{}, integral_constant<int, 8>{});
+  } else {
+    run(integral_constant<int, 4>{}, integral_constant<int, 3>{});
+    run(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+    run(integral_constant<int, 1>{}, integral_constant<int, 6>{});
+  }
 }
 
 }  // namespace
