@@ -6,6 +6,7 @@
 #endif
 
 #include <new>
+#include <utility>
 
 #include "../kernels/cpu/dispatch.h"
 #include "../kernels/parallel.h"
@@ -28,19 +29,48 @@ Parallel torch_threads() {
 constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kHugePageBytes = 2 << 20;
 
-// Scratch memory, 64-byte aligned, freed at the end of the scope.
+// 64-byte aligned.
+struct Memory {
+  void* data = nullptr;
+  int64_t bytes = 0;
+
+  void allocate(int64_t wanted) {
+    data = ::operator new(static_cast<size_t>(wanted), std::align_val_t{64});
+    bytes = wanted;
+  }
+  void release() {
+    ::operator delete(data, std::align_val_t{64});
+    *this = {};
+  }
+};
+
+// What a thread keeps for its next call: malloc may hand memory of this size back to the system,
+// and a call would start with a page fault for every 4 KB.
+constexpr int64_t kMostKept = 16 << 20;
+struct KeptMemory {
+  Memory memory;
+  ~KeptMemory() { memory.release(); }
+};
+thread_local KeptMemory kept;
+
+// Scratch memory, given back at the end of the scope.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes)
-      : memory_(bytes == 0 ? nullptr
-                           : ::operator new(static_cast<size_t>(bytes), std::align_val_t{64})) {}
-  ~Workspace() { ::operator delete(memory_, std::align_val_t{64}); }
+  explicit Workspace(int64_t bytes) : memory_(std::exchange(kept.memory, {})) {
+    if (memory_.bytes >= bytes) return;
+    memory_.release();
+    memory_.allocate(bytes);
+  }
+  ~Workspace() {
+    if (memory_.bytes <= kMostKept) std::swap(kept.memory, memory_);
+    memory_.release();
+  }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  void* get() const { return memory_; }
+  void* get() const { return memory_.data; }
 
  private:
-  void* memory_;
+  Memory memory_;
 };
 
 }  // namespace
