@@ -16,6 +16,7 @@ constexpr int64_t kPackKeys = 512;       // keys a packing task takes
 constexpr int64_t kFewApart = 16;        // rows apart of a key head that are not worth raw panels
 constexpr int64_t kFewApartKeys = 128;   // keys that they read at a time
 constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
+constexpr int64_t kEqualHeads = 4;       // a worker: that stay whole where all have as many
 
 // Sizes and choices of one call.
 template <typename U>
@@ -82,6 +83,11 @@ inline double forward_flops(const AttentionParams& p) {
          static_cast<double>(p.keys) * static_cast<double>(p.head_dim + p.value_dim);
 }
 
+inline bool heads_stay_whole(int64_t heads, int64_t workers) {
+  return heads >= kHeadsPerWorker * workers ||
+         (heads >= kEqualHeads * workers && heads % workers == 0);
+}
+
 // Balanced blocks of rows, each a whole number of register tiles where there are enough rows.
 template <typename T>
 int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
@@ -112,7 +118,7 @@ ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool ke
   plan.score_stride = widest + max_of<int64_t>(kLanes<T>, kDotTokens);
   plan.slots = min_of(p.batch * p.key_heads, plan.workers == 1 ? 1 : plan.workers + 1);
   plan.packs = ceil_div(p.keys, kPackKeys);
-  plan.whole = p.batch * p.key_heads >= kHeadsPerWorker * plan.workers;
+  plan.whole = heads_stay_whole(p.batch * p.key_heads, plan.workers);
   // One block more than the rows need where two classes of rows each end in a part of a block.
   plan.attends = plan.group * (ceil_div(p.queries, plan.row_block) + (sets_apart(p) ? 1 : 0));
   plan.raw_keys = sets_apart(p) && p.table_q.rotate != nullptr;
