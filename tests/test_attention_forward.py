@@ -139,6 +139,18 @@ def test_all_scores_as_large_as_the_bound(sign, dtype):
     check_forward(replace(case, q=q, k=k, scale=1.0), scores=32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [16, 48])
+@pytest.mark.parametrize("cls_rope", MODES)
+def test_what_an_earlier_call_left_in_memory_does_not_matter(backend, D, cls_rope, dtype):
+    case = model_case(90, 130, cls_rope, dtype, D=D)
+    first = call_operator(case)
+    call_operator(replace(case, scale=1e4))  # its scores lie where those of the next call will
+    again = call_operator(case)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+
+
 def test_increasing_and_decreasing_scores():
     """The running maximum moves at every block of keys, or only at the first."""
     for sign in (1, -1):

@@ -22,11 +22,19 @@ class Reach {
   using Ops = OperandTraits<U>;
 
  public:
-  // depth: a multiple of the lanes; what is behind the row's elements is zero.
+  // `depth` operands: whole vectors, or half a one behind them where operands are pairs.
   __attribute__((always_inline)) void add_row(const U* row, int64_t depth) {
+    constexpr int kL = kLanes<T>;
     Vec<T> squares{};
-    for (int64_t d = 0; d < depth; d += kLanes<T>) {
+    int64_t d = 0;
+    for (; d + kL <= depth; d += kL) {
       const auto x = Ops::load_vector(row + d);
+      Ops::add_products(squares, x, x);
+    }
+    if (kTogether<U> > 1 && d < depth) {
+      U rest[kL] = {};
+      for (int i = 0; i < kL / kTogether<U>; ++i) rest[i] = row[d + i];
+      const auto x = Ops::load_vector(rest);
       Ops::add_products(squares, x, x);
     }
     add(sum_everywhere<T>(squares));
