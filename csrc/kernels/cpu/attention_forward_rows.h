@@ -43,16 +43,17 @@ void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, co
   constexpr int64_t kWide = 2 * kLanes<T>;
   constexpr int64_t kRows = kTogether<Operand<S>>;
   const AttentionParams& p = *plan.p;
+  // Elements next to each other are operands where the storage type is what products multiply.
+  constexpr bool kSame = sizeof(S) * kRows == sizeof(Operand<S>);
+  const bool are_operands = kSame && p.v.stride_d == 1 && p.value_dim % kLanes<T> == 0;
   const Operand<S>* rows[kRows];
   for (int64_t c = first; c < last; c += kRows) {
     for (int64_t r = 0; r < kRows; ++r) {
       T* row = scratch.rows + r * plan.value_width;
       const int64_t n = token_at(columns, split, c + r);
-      if constexpr (__is_same(S, Operand<S>)) {
-        if (n >= 0 && plan.values_in_place) {
-          rows[r] = row_at<const S>(p.v, b, h, n);
-          continue;
-        }
+      if (n >= 0 && are_operands) {
+        rows[r] = reinterpret_cast<const Operand<S>*>(row_at<const S>(p.v, b, h, n));
+        continue;
       }
       if (n >= 0) {
         pack_row<S>(p, p.v, p.table_k, b, h, n, p.value_dim, plan.value_width, false, T{1}, row,

@@ -123,8 +123,10 @@ X_ROPE_CLS_INLINE Sum<U>* packed_in(U* to, Sum<U>* buffer) {
 template <typename U>
 X_ROPE_CLS_INLINE void round_into(Sum<U>* packed, int64_t n, U* to) {
   if constexpr (kTogether<U> > 1) {
-    const U* row = OperandTraits<U>::round_row(packed, n);
-    for (int64_t i = 0; i < n / kTogether<U>; ++i) to[i] = row[i];
+    for (int64_t i = 0; i < n; i += kLanes<Sum<U>>) {
+      const Vec<Sum<U>> part[1] = {load<Sum<U>>(packed + i)};
+      OperandTraits<U>::store_elements(reinterpret_cast<Sum<U>*>(to), i, part);
+    }
   }
 }
 
