@@ -83,7 +83,8 @@ struct OperandTraits<BFloat16Pair> {
     X_ROPE_CLS_UNROLL
     for (int i = 0; i < kVectors; ++i) {
       const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v[i]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * kLanes<float>), (__m256i)rounded);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + int64_t{i} * kLanes<float>),
+                          (__m256i)rounded);
     }
   }
   X_ROPE_CLS_INLINE BFloat16Pair* round_row(float* row, int64_t n) {

@@ -125,17 +125,14 @@ X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, i
   const auto rows_at_once = [&](auto count) __attribute__((always_inline)) {
     tile<U, kLeft, kAccumulate, decltype(count)::value, kVectors>(a, a_stride, b, b_stride, depth,
                                                                   r, c, c_stride, finish);
-    r += decltype(count)::value;
+    return decltype(count)::value;
   };
-  while (r + kRows <= rows) {
-    beside();
-    rows_at_once(std::integral_constant<int, kRows>{});
-  }
+  for (; r + kRows <= rows; r += rows_at_once(std::integral_constant<int, kRows>{})) beside();
   if constexpr (kRows > 6) {
-    if (r + 6 <= rows) rows_at_once(std::integral_constant<int, 6>{});
+    if (r + 6 <= rows) r += rows_at_once(std::integral_constant<int, 6>{});
   }
-  if (r + 4 <= rows) rows_at_once(std::integral_constant<int, 4>{});
-  if (r + 2 <= rows) rows_at_once(std::integral_constant<int, 2>{});
+  if (r + 4 <= rows) r += rows_at_once(std::integral_constant<int, 4>{});
+  if (r + 2 <= rows) r += rows_at_once(std::integral_constant<int, 2>{});
   if (r < rows) rows_at_once(std::integral_constant<int, 1>{});
 }
 
