@@ -24,8 +24,8 @@ struct Arena {
 
   // What one worker writes ends here, and another's begins. `stride`: bytes between the rows that
   // stores of the first go to one after the other. The processor asks for lines many such strides
-  // ahead of them; were these another worker's, it would have to fetch them back every time (a
-  // quarter to a half of the time of short products was lost so).
+  // ahead of them; were these another worker's, it would have to fetch them back every time (up to
+  // a third of the time of queries times keys was lost so).
   void separate(int64_t stride) {
     constexpr int64_t kStridesAhead = 24;  // 12 were too few, 22 enough (Zen 4)
     used = round_up(used + kStridesAhead * stride, kPage);
