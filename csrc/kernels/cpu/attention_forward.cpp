@@ -59,14 +59,28 @@ void weigh_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
     const bool ordinary_keys = c < columns.special_start;
     const int64_t keys =
         (ordinary_keys ? columns.ordinary : columns.special_start + columns.special) - c;
+    const auto weigh = [&](auto part, const T* keep) {
+      constexpr bool kPart = decltype(part)::value;
+      if constexpr (kManyRegisters) {
+        score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
+                    Weighted<U, kPart>{c - first, s.lane_sums, keep});
+      } else {
+        int64_t weighed = 0;
+        const WeightedLater<U, kPart> later{c - first, s.lane_sums, keep, &weighed};
+        score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside, later);
+        if (panel.width == kLanes<T>) {
+          later.template weigh_up_to<1>(block.rows, s.scores, plan.score_stride);
+        } else {
+          later.template weigh_up_to<2>(block.rows, s.scores, plan.score_stride);
+        }
+      }
+    };
     if (keys >= panel.width) {
-      score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
-                  Weighted<U, false>{c - first, s.lane_sums, nullptr});
+      weigh(std::false_type{}, nullptr);
     } else {
       T keep[2 * kLanes<T>];
       for (int64_t j = 0; j < panel.width; ++j) keep[j] = j < keys ? T{1} : T{0};
-      score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
-                  Weighted<U, true>{c - first, s.lane_sums, keep});
+      weigh(std::true_type{}, keep);
     }
     c += panel.columns;
   }

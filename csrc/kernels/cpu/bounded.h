@@ -94,5 +94,45 @@ struct Weighted {
   }
 };
 
+// The same one tile later. Where tiles are small, powers of two of sums that have just been finished
+// would wait for these, and the processor would not see the next tile before they are done. Those of
+// the tile before wait for nothing, and are taken beside products.
+template <typename U, bool kPart>
+struct WeightedLater {
+  using T = Sum<U>;
+  int64_t column;
+  T* lane_sums;
+  const T* keep;     // two vectors of 1 or 0
+  int64_t* weighed;  // rows of this panel that are weights
+
+  template <int kRows, int kVectors>
+  __attribute__((always_inline)) void operator()(const Vec<T> (&acc)[kRows][kVectors], int64_t r,
+                                                 T* c, int64_t c_stride) const {
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      OperandTraits<U>::store_elements(c + (r + i) * c_stride, column, acc[i]);
+    }
+    weigh_up_to<kVectors>(r, c, c_stride);
+  }
+  // Rows up to `last` become weights.
+  template <int kVectors>
+  __attribute__((always_inline)) void weigh_up_to(int64_t last, T* c, int64_t c_stride) const {
+    for (int64_t r = *weighed; r < last; ++r) {
+      T* const row = c + r * c_stride + column;
+      T* const to = lane_sums + r * kLanes<T>;
+      Vec<T> sum = load<T>(to);
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        Vec<T> weight = exp2_moderate<T>(load<T>(row + v * kLanes<T>));
+        if constexpr (kPart) weight *= load<T>(keep + v * kLanes<T>);
+        store<T>(row + v * kLanes<T>, weight);
+        sum += weight;
+      }
+      store<T>(to, sum);
+    }
+    *weighed = last;
+  }
+};
+
 }  // namespace
 }  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
