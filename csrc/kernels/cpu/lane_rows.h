@@ -27,7 +27,7 @@ constexpr int64_t lane_rows_size(int64_t rows, int64_t width) {
 // Whether so few lanes stay empty that this is faster.
 template <typename T>
 constexpr bool fills_lanes(int64_t rows) {
-  return rows >= kLanes<T> && round_up(rows, kLanes<T>) - rows <= rows / 8;
+  return rows >= (kManyRegisters ? 1 : 2) * kLanes<T> && round_up(rows, kLanes<T>) - rows <= rows / 8;
 }
 
 // `count` <= kLanes rows, `stride` apart, to the lanes of panels from row `first` on, a multiple of

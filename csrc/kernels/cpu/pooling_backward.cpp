@@ -17,7 +17,7 @@ constexpr int64_t kGradTokens = 12;  // whose gradients wait in L1 for what else
 template <typename S>
 struct PoolGradScratch {
   using T = Compute<S>;
-  T* stack;   // (2 * rows, width): queries times scale * log2(e), then gradients of pooled
+  T* stack;   // (2 * rows, stride): queries times scale * log2(e), then gradients of pooled
   T* scores;  // (2 * rows, columns)
   T* shift;   // (rows): logsumexp in units of log2; infinity where there was nothing to attend to
   T* delta;   // (rows): <g, pooled> - grad_lse
@@ -73,7 +73,7 @@ PoolGradMemory<S> take_pool_grad_memory(const PoolBackwardParams& g, int64_t wor
   m.scratch = arena.take<PoolGradScratch<S>>(plan.workers);
   for (int64_t i = 0; i < plan.workers; ++i) {
     PoolGradScratch<S> s{};
-    s.stack = arena.take<T>(2 * plan.rows * plan.width);
+    s.stack = arena.take<T>(2 * plan.rows * plan.stride);
     s.scores = arena.take<T>(2 * plan.rows * plan.columns);
     s.shift = arena.take<T>(plan.rows);
     s.delta = arena.take<T>(plan.rows);
@@ -107,14 +107,14 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
                   const PoolGradScratch<S>& s) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
-  T* grads = s.stack + plan.rows * plan.width;
+  T* grads = s.stack + plan.rows * plan.stride;
   pack_pool_rows<S>(plan, p.query, b, 0, plan.rows, static_cast<T>(p.scale * kLog2E), s.stack);
   pack_pool_rows<S>(plan, g.grad, b, 0, plan.rows, T{1}, grads);
   if constexpr (kHasDots<S>) {
     if (plan.dots) {
       copy_pool_rows<S>(plan, p.query, b, s.dots.rows);
-      copy_pool_rows<S>(plan, g.grad, b, s.dots.rows + plan.rows * plan.width);
-      stack_rows(reinterpret_cast<const Operand<S>*>(s.dots.rows), plan.width / 2, 2 * plan.rows,
+      copy_pool_rows<S>(plan, g.grad, b, s.dots.rows + plan.rows * plan.stride);
+      stack_rows(reinterpret_cast<const Operand<S>*>(s.dots.rows), plan.stride / 2, 2 * plan.rows,
                  plan.width, s.pair_stack, plan.width);
     }
   }
@@ -124,7 +124,7 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
     s.shift[r] = lse == -kInfinity<T> ? kInfinity<T> : lse;
     load_row(static_cast<const S*>(p.pooled) + row * p.channels, 1, p.channels, s.raw);
     for (int64_t c = p.channels; c < plan.width; ++c) s.raw[c] = T{0};
-    const T* grad = grads + r * plan.width;
+    const T* grad = grads + r * plan.stride;
     T delta =
         sum_of<T>(plan.width, [&](int64_t c) { return load<T>(grad + c) * load<T>(s.raw + c); });
     s.delta[r] = delta - lse_grad<T>(g, b, r);
@@ -214,11 +214,11 @@ void norm_backward(const PoolPlan& plan, const TokenRange& range, int64_t i,
 template <typename S, typename U>
 GradFactors<U> grad_factors(const PoolPlan& plan, int64_t count, const PoolGradScratch<S>& s) {
   if constexpr (__is_same(U, Compute<S>)) {
-    return {s.scores, plan.columns, s.stack, plan.width, 2 * plan.rows};
+    return {s.scores, plan.columns, s.stack, plan.stride, plan.width, 2 * plan.rows};
   } else {
     pair_weights(plan, count, static_cast<Sum<U>>(plan.p->scale * kLog2E), s.scores,
                  s.pair_weights);
-    return {s.pair_weights, plan.columns, s.pair_stack, plan.width, plan.rows};
+    return {s.pair_weights, plan.columns, s.pair_stack, plan.width, plan.width, plan.rows};
   }
 }
 
@@ -287,7 +287,7 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
-    dot_rows(s.stack, plan.width, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    dot_rows(s.stack, plan.stride, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
     pool_score_grads(plan, g, range.b, count, s);
     if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums, plan.width);

@@ -30,6 +30,7 @@ struct PoolPlan {
   const PoolParams* p;
   int64_t rows;     // heads * queries
   int64_t width;    // channels padded to whole vectors
+  int64_t stride;   // between rows of queries, in elements: a cache line more
   int64_t block;    // tokens of a block, a multiple of kDotTokens
   int64_t columns;  // row stride of scores
   int64_t lanes;    // of a token's scores, where rows are lanes (lane_rows.h); else 0
@@ -52,6 +53,7 @@ PoolPlan make_pool_plan(const PoolParams& p, int64_t most_workers, int64_t produ
   plan.p = &p;
   plan.rows = p.heads * p.queries;
   plan.width = round_up(p.channels, kLanes<T>);
+  plan.stride = plan.width + 64 / static_cast<int64_t>(sizeof(S));
   const bool dense = p.x.stride_c == 1 && p.norm == PoolNorm::kNone;
   plan.in_place = __is_same(S, T) && dense && plan.width == p.channels;
   plan.dots = kHasDots<S> && dense && p.channels % kDotChannels == 0;
@@ -127,7 +129,7 @@ X_ROPE_CLS_INLINE const S* row4(const Tensor4& t, int64_t b, int64_t row, int64_
 // The rows as they are, one after the other.
 template <typename S>
 void copy_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, S* to) {
-  for (int64_t r = 0; r < plan.rows; ++r, to += plan.width) {
+  for (int64_t r = 0; r < plan.rows; ++r, to += plan.stride) {
     const S* from = row4<S>(t, b, r, plan.p->queries);
     for (int64_t c = 0; c < plan.p->channels; ++c) to[c] = from[c * t.stride_d];
   }
@@ -139,7 +141,7 @@ void pack_pool_rows(const PoolPlan& plan, const Tensor4& t, int64_t b, int64_t f
                     Compute<S> factor, Compute<S>* to) {
   using T = Compute<S>;
   const PoolParams& p = *plan.p;
-  for (int64_t r = first; r < first + count; ++r, to += plan.width) {
+  for (int64_t r = first; r < first + count; ++r, to += plan.stride) {
     load_row(row4<S>(t, b, r, p.queries), t.stride_d, p.channels, to);
     for (int64_t c = 0; c < p.channels; ++c) to[c] *= factor;
     for (int64_t c = p.channels; c < plan.width; ++c) to[c] = T{0};
@@ -336,13 +338,13 @@ static inline bool needs_buffer(const PoolPlan& plan) {
 
 // What products in bfloat16 dot products need beside the rest.
 struct DotScratch {
-  BFloat16* rows;     // (rows or twice as many, width): queries, and gradients of pooled
+  BFloat16* rows;     // (rows or twice as many, stride): queries, and gradients of pooled
   BFloat16* weights;  // (rows, columns)
   BFloat16* buffer;   // (block, width)
 };
 static inline DotScratch take_dot_scratch(const PoolPlan& plan, int64_t rows, Arena& arena) {
   if (!plan.dots) return {};
-  return {arena.take<BFloat16>(rows * plan.width), arena.take<BFloat16>(plan.rows * plan.columns),
+  return {arena.take<BFloat16>(rows * plan.stride), arena.take<BFloat16>(plan.rows * plan.columns),
           needs_buffer(plan) ? arena.take<BFloat16>(plan.block * plan.width) : nullptr};
 }
 
@@ -353,7 +355,7 @@ static inline TokenBlock<BFloat16> score_dots(const PoolPlan& plan, const TokenR
                                               int64_t rows, const DotScratch& s, float* scores) {
   const auto x = read_block_raw<BFloat16>(plan, range, first, count, s.buffer);
   const int64_t ahead = distance_to_next<BFloat16>(plan, range, first + count, after, x);
-  dot_rows(s.rows, plan.width, rows, x, plan.width, ahead, scores, plan.columns);
+  dot_rows(s.rows, plan.stride, rows, x, plan.width, ahead, scores, plan.columns);
   const float factor = static_cast<float>(plan.p->scale * kLog2E);
   for (int64_t i = 0; i < plan.rows * plan.columns; ++i) scores[i] *= factor;
   return x;

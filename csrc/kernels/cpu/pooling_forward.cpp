@@ -18,7 +18,7 @@ constexpr int64_t kLaneTokens = 96;
 
 template <typename T>
 struct PoolScratch {
-  T* query;    // (rows, width) or panels of lane_rows.h, scaled by scale * log2(e)
+  T* query;    // (rows, stride) or panels of lane_rows.h, scaled by scale * log2(e)
   T* scores;   // (rows, columns) or (tokens, lanes)
   T* packed;   // (a vector of rows, width), where rows fill the lanes
   T* running;  // (3, lanes) there: maxima, sums and what outputs are rescaled by
@@ -65,10 +65,10 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
     if (plan.lanes > 0) {
       s.query = arena.take<T>(lane_rows_size<T>(plan.rows, plan.width));
       s.scores = arena.take<T>(plan.block * plan.lanes);
-      s.packed = arena.take<T>(kLanes<T> * plan.width);
+      s.packed = arena.take<T>(kLanes<T> * plan.stride);
       s.running = arena.take<T>(3 * plan.lanes);
     } else {
-      s.query = arena.take<T>(plan.rows * plan.width);
+      s.query = arena.take<T>(plan.rows * plan.stride);
       s.scores = arena.take<T>(plan.rows * plan.columns);
     }
     s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
@@ -152,7 +152,7 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
       for (int64_t r = 0; r < plan.rows; r += kLanes<T>) {
         const int64_t count = min_of<int64_t>(plan.rows - r, kLanes<T>);
         pack_pool_rows<S>(plan, p.query, wanted, r, count, factor, s.packed);
-        rows_to_lanes(s.packed, plan.width, count, plan.width, r, s.query);
+        rows_to_lanes(s.packed, plan.stride, count, plan.width, r, s.query);
       }
     } else if (!plan.dots) {
       pack_pool_rows<S>(plan, p.query, wanted, 0, plan.rows, factor, s.query);
@@ -177,7 +177,7 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
-    dot_rows(s.query, plan.width, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    dot_rows(s.query, plan.stride, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
     soften_pool(plan, count, s.scores, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }

@@ -17,6 +17,7 @@ struct GradFactors {
   const U* weights;  // (depth, columns)
   int64_t columns;
   const U* stack;  // (depth, width)
+  int64_t stride;
   int64_t width;
   int64_t depth;
 };
@@ -42,14 +43,14 @@ static __attribute__((noinline)) void grad_tokens(const GradFactors<U>& f, int64
   for (; c + 2 * kL <= f.width; c += 2 * kL) {
     Vec<Sum<U>> acc[kRows][2] = {};
     multiply_tile<U, Left::kByColumn, kRows, 2>(acc, f.weights + token, f.columns, f.stack + c,
-                                                f.width, f.depth);
+                                                f.stride, f.depth);
     X_ROPE_CLS_UNROLL
     for (int r = 0; r < kRows; ++r) put_pair<kStream>(to + r * stride + c, acc[r][0], acc[r][1]);
   }
   if (c == f.width) return;
   Vec<Sum<U>> acc[kRows][1] = {};
   multiply_tile<U, Left::kByColumn, kRows, 1>(acc, f.weights + token, f.columns, f.stack + c,
-                                              f.width, f.depth);
+                                              f.stride, f.depth);
   X_ROPE_CLS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     put<kStream>(to + r * stride + c, vector_from_compute(acc[r][0], S{}));

@@ -129,7 +129,7 @@ RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, Arena& arena) {
 }
 
 // `count` rows of `channels` elements of the matrix, as U: where they are, or padded in `buffer`.
-// They were last read one call ago: all of them are asked for at once.
+// They were last read one call ago: all of them are asked for at once, unless that has been done.
 template <typename S, typename U>
 TokenBlock<U> read_matrix(const S* from, int64_t stride, int64_t count, int64_t channels,
                           int64_t width, bool in_place, U* buffer) {
@@ -168,9 +168,10 @@ void multiply_lanes(const RowsPlan& plan, const TokenBlock<T>& matrix, T* panels
 }
 
 // Columns [first, first + count) of the products of one group, U being S or the compute type.
+// `next`: distance to the part of the matrix that the same worker reads next; 0: none.
 template <typename S, typename U>
 void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t group,
-                       int64_t first, int64_t count, const RowsScratch<S>& s) {
+                       int64_t first, int64_t count, int64_t next, const RowsScratch<S>& s) {
   using T = Compute<S>;
   // f(rows, stride, count, distance to the next ones, their sums) for all rows.
   const auto for_each_run = [&](const auto& f) {
@@ -194,11 +195,14 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
     const S* from = matrix + (group * p.columns + first) * p.matrix_stride;
     const auto x =
         read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
+    const int64_t odd = next + x.stride;
     if constexpr (__is_same(U, T)) {
       if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
     }
     for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
-      dot_rows(rows, stride, count_of_rows, x, plan.inner, 0, sums, plan.stride);
+      dot_rows(rows, stride, count_of_rows, x, plan.inner, next, sums, plan.stride);
+      // Every other row of the next part has been fetched; now the others.
+      next = next == 0 || next == odd ? 0 : odd;
     });
     return;
   }
@@ -210,19 +214,32 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
     for (int64_t c = 0; c < width; ++c) s.sums[r * plan.stride + c] = T{0};
   }
   for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
-    sum_rows(rows, stride, count_of_rows, x, width, 0, sums, plan.stride);
+    sum_rows(rows, stride, count_of_rows, x, width, next, sums, plan.stride);
+    next = 0;
   });
   if constexpr (kHasDots<U>) {
     for (int64_t r = 0; r < plan.rows; ++r) natural_order(s.sums + r * plan.stride, width);
   }
 }
 
+// Where the matrix of a task starts, in elements.
+static inline int64_t matrix_start(const RowsProductParams& p, const RowsPlan& plan, int64_t task) {
+  const int64_t group = task / plan.parts;
+  const int64_t first = task % plan.parts * plan.part;
+  return p.transposed ? (group * p.columns + first) * p.matrix_stride
+                      : group * p.inner * p.matrix_stride + first;
+}
+
+// last: whether the same worker does not do the next task.
 template <typename S>
-void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task,
+void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task, bool last,
                        RowsScratch<S>& s) {
   using T = Compute<S>;
   const int64_t group = task / plan.parts;
   const int64_t first = task % plan.parts * plan.part;
+  const int64_t next = last || !plan.in_place
+                           ? 0
+                           : matrix_start(p, plan, task + 1) - matrix_start(p, plan, task);
   const int64_t count = min_of(plan.part, p.columns - first);
   const auto run = [&](auto type) {
     using U = decltype(type);
@@ -230,7 +247,7 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
       pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, reinterpret_cast<U*>(s.rows));
       s.group = group;
     }
-    rows_product_part<S, U>(p, plan, group, first, count, s);
+    rows_product_part<S, U>(p, plan, group, first, count, next, s);
   };
   if constexpr (kHasDots<S>) {
     plan.dots ? run(S{}) : run(T{});
@@ -248,9 +265,12 @@ void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, vo
   Arena arena{static_cast<char*>(workspace), 0};
   RowsScratch<S>* scratch = take_rows_scratch<S>(plan, arena);
   if (plan.rows == 0) return;
-  run_tasks(parallel, plan.workers, p.by.groups * plan.parts, [&](int64_t task, int64_t worker) {
-    rows_product_task<S>(p, plan, task, scratch[worker]);
-  });
+  run_in_runs(parallel, plan.workers, p.by.groups * plan.parts,
+              [&](int64_t first, int64_t last, int64_t worker) {
+                for (int64_t task = first; task < last; ++task) {
+                  rows_product_task<S>(p, plan, task, task + 1 == last, scratch[worker]);
+                }
+              });
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -312,7 +332,7 @@ void rows_outer_task(const RowsOuterParams& p, const OuterPlan& plan, int64_t ta
   HeadRows part = p.a;
   part.data = static_cast<S*>(p.a.data) + first;
   pack_group<S, T>(part, p.by, group, count, kOuterRows, s.a);
-  const GradFactors<T> f{s.a, kOuterRows, s.b, plan.width, plan.rows};
+  const GradFactors<T> f{s.a, kOuterRows, s.b, plan.width, plan.width, plan.rows};
   S* out = static_cast<S*>(p.out) + (group * p.a_columns + first) * p.b_columns;
   if (plan.width == p.b_columns) {
     return grads_of_tokens<S, T, false>(f, 0, count, out, p.b_columns);
