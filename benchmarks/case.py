@@ -55,6 +55,11 @@ class Work:
     copied: float = 0.0
     bfloat16: bool = False
 
+    @property
+    def memory(self) -> bool:
+        """Whether memory is part of it."""
+        return self.read > 0 or self.copied > 0
+
     def seconds(self, limits: Mapping[str, Any]) -> float:
         """Time on a machine with these limits (`x_rope_cls._C.Limits`) if arithmetic and memory overlap."""
         rate = limits["fma_float32_gflops"]

@@ -10,13 +10,20 @@ import torch
 from torch import Tensor
 
 from .case import OURS, Case, Row, Run, Work
+from .machine import best_limits
 from .memory import peak_memory
 from .results import PeerResult, RowResult, SideResult, Spread
 from .timing import take_turns
 
 
 def measure_row(
-    row: Row, seconds: float, *, quick: bool = False, tiny: bool = False, flush: Callable[[], None] | None = None
+    row: Row,
+    seconds: float,
+    *,
+    quick: bool = False,
+    tiny: bool = False,
+    flush: Callable[[], None] | None = None,
+    limits: Callable[[], dict[str, Any]] | None = None,
 ) -> RowResult:
     """Compares the results of all sides, then times them by turns. What goes wrong is written down, not raised.
 
@@ -26,6 +33,8 @@ def measure_row(
         quick: without slow sides.
         tiny: with the row's tiny sizes.
         flush: empties the caches; None: they stay warm.
+        limits: measures the machine's limits; called around the timing of work that reads or copies memory, whose
+            bandwidth changes within minutes on machines that are shared. None: not measured here.
     """
     sizes = {name: _plain(value) for name, value in {**row.sizes, **(row.tiny if tiny else {})}.items()}
     result = RowResult(
@@ -38,7 +47,11 @@ def measure_row(
         result.work = asdict(case.work) if case.work else None
         with torch.inference_mode(not row.backward):
             errors = _agree(row, case, result)
+            around = limits if limits is not None and case.work is not None and case.work.memory else None
+            before = [around()] if around else []
             _time(case, errors, result, seconds, 2 if tiny else 3, flush)
+            if around:
+                result.bandwidth = _bandwidth([*before, around()])
         _measure_memory(row, case, result, tiny)
     except ModuleNotFoundError as error:
         result.status, result.reason = "skipped", f"{error.name} is not installed"
@@ -104,6 +117,11 @@ def _time(
         result.busy_reached = result.ours.busy >= result.busy_target
 
 
+def _bandwidth(measured: list[dict[str, Any]]) -> dict[str, float]:
+    """The best of those of memory."""
+    return {name: value for name, value in best_limits(measured).items() if name in ("copy_gbs", "read_gbs")}
+
+
 def _measure_memory(row: Row, case: Case, result: RowResult, tiny: bool) -> None:
     named = {peer.name: peer.memory_target for peer in case.peers if peer.memory_target is not None}
     if not named or result.ours is None:
@@ -122,10 +140,10 @@ def _memory(row: Row, side: str, tiny: bool) -> int:
 
 
 def compare_with_limits(result: RowResult, limits: dict[str, Any]) -> None:
-    """Adds which share of the machine's limit ours reached."""
+    """Adds which share of the machine's limit ours reached: of bandwidth measured around the row, if there is any."""
     if result.work is None or result.ours is None:
         return
-    result.limit_seconds = Work(**result.work).seconds(limits)
+    result.limit_seconds = Work(**result.work).seconds({**limits, **(result.bandwidth or {})})
     result.share = result.limit_seconds / result.ours.seconds.median
     if result.share_target is not None:
         result.share_reached = result.share >= result.share_target

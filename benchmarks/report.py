@@ -134,7 +134,8 @@ def _notes(results: Results) -> list[str]:
     notes = [
         "",
         "Median (quartiles). Times as fast: time of the peer over ours, round by round. Forward in inference mode.",
-        "Of limit: the least time by the better of the limits before and after, over the median of ours.",
+        "Of limit: the least time by the better of the limits before and after, over the median of ours; where memory "
+        "is part of the work, its bandwidth by the better of what was measured right before and right after the row.",
     ]
     for row in results.rows:
         if row.busy_target is not None and row.ours is not None:

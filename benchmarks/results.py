@@ -90,6 +90,7 @@ class RowResult:
         peers: the others.
         error: relative difference of ours from the row's own expectation, where it has one.
         work: flops, read, copied and bfloat16 of the least work.
+        bandwidth: copy_gbs and read_gbs around the row's timing; None: memory is not part of its work.
         limit_seconds: the least time on this machine.
         share: limit_seconds over the median of ours.
         share_target, share_reached: what it is to be, and whether it is.
@@ -110,6 +111,7 @@ class RowResult:
     peers: list[PeerResult] = field(default_factory=list)
     error: float | None = None
     work: dict[str, Any] | None = None
+    bandwidth: dict[str, float] | None = None
     limit_seconds: float | None = None
     share: float | None = None
     share_reached: bool | None = None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import machine
 from .case import Row, all_rows
@@ -18,6 +19,7 @@ from .report import print_report
 from .results import Results
 
 _SHARE_OF_BUDGET = 0.6  # of the time left goes into timing, the rest into building, compiling and comparing
+_SHARE_OF_LIMIT_SECONDS = 0.5  # around a row
 _MOST_ROW_SECONDS = {False: 12.0, True: 3.0}  # quick or not
 
 
@@ -46,6 +48,11 @@ class Options:
     out: Path = Path("bench-output")
     command: str = ""
     pinned: bool = False
+
+
+def around(options: Options) -> dict[str, Any]:
+    """Limits around one row, see :func:`measure_row`."""
+    return machine.measure_limits(options.limit_seconds * _SHARE_OF_LIMIT_SECONDS)
 
 
 def select(options: Options) -> list[Row]:
@@ -86,7 +93,9 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
             left = options.minutes * 60 - (time.perf_counter() - start)
             seconds = min(_MOST_ROW_SECONDS[options.quick], max(0.0, left) * _SHARE_OF_BUDGET / (len(rows) - index))
             began = time.perf_counter()
-            found = measure_row(row, seconds, quick=options.quick, tiny=options.tiny, flush=flush)
+            found = measure_row(
+                row, seconds, quick=options.quick, tiny=options.tiny, flush=flush, limits=lambda: around(options)
+            )
             results.rows.append(found)
             outcome = f"{found.status} {found.reason}".strip()
             say(f"[{index + 1}/{len(rows)}] {row.name}: {outcome}, {time.perf_counter() - began:.1f} s")

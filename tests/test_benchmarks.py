@@ -88,6 +88,8 @@ def test_what_is_saved_of_a_row(saved: dict[str, Any], rows: list[case.Row]) -> 
         assert compared, f"{row.name}: compared with nothing"
         assert max(compared) <= row.tolerance
         assert (found["share"] is None) == (found["work"] is None)
+        depends = found["work"] is not None and found["work"]["read"] + found["work"]["copied"] > 0
+        assert (found["bandwidth"] is not None) == depends, row.name
         assert found["share_target"] == row.share_target
         assert (found["share_reached"] is None) == (row.share_target is None)
 
@@ -169,8 +171,33 @@ def test_ratios_and_shares(monkeypatch: Any) -> None:
     assert [peer.reached for peer in found.peers] == [True, False]
     measure.compare_with_limits(found, LIMITS)
     assert (found.limit_seconds, found.share, found.share_reached) == (1.0, 0.5, False)
+    assert found.bandwidth is None
     assert found.ours is not None
     assert (found.ours.busy, found.busy_reached) == (0.5 / torch.get_num_threads(), False)
+
+
+def test_bandwidth_is_that_around_the_row(monkeypatch: Any) -> None:
+    events: list[str] = []
+    samples = {case.OURS: timing.Samples(1, [1.0], [1.0])}
+    monkeypatch.setattr(measure, "take_turns", lambda *args: events.append("timing") or samples)
+    copies = iter([20.0, 40.0])
+
+    def limits() -> dict[str, Any]:
+        events.append("limits")
+        return {**LIMITS, "copy_gbs": next(copies), "read_gbs": 10.0, "fma_float32_gflops": 1.0}
+
+    def build(**work: float) -> case.Case:
+        return case.Case(torch.zeros(1).clone, [], case.Work(**work))
+
+    found = measure.measure_row(replace(a_row(build), sizes={"copied": 2e10}), 0.0, limits=limits)
+    assert events == ["limits", "timing", "limits"]
+    assert found.bandwidth == {"copy_gbs": 40.0, "read_gbs": 10.0}
+    measure.compare_with_limits(found, LIMITS)
+    assert found.limit_seconds == pytest.approx(0.5)  # and not 2e10 / LIMITS["copy_gbs"]
+    found = measure.measure_row(replace(a_row(build), sizes={"flops": 1e11}), 0.0, limits=limits)
+    assert events == ["limits", "timing", "limits", "timing"]
+    measure.compare_with_limits(found, LIMITS)
+    assert found.limit_seconds == pytest.approx(1.0)  # arithmetic: the run's own limit
 
 
 def test_rows_are_selected_by_name(tmp_path: Path, rows: list[case.Row]) -> None:
