@@ -173,6 +173,13 @@ def test_measure_limits() -> None:
         assert figures["dot_bfloat16_gflops"] is None or figures["dot_bfloat16_gflops"] > 0.1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors of a thread are known on Linux only")
+def test_measure_limits_leaves_the_thread_where_it_may_run() -> None:
+    before = os.sched_getaffinity(0)
+    _C.measure_limits(seconds=0.01)
+    assert os.sched_getaffinity(0) == before
+
+
 def test_measure_limits_rejects_bad_input() -> None:
     with pytest.raises(ValueError, match="seconds must be positive, got 0"):
         _C.measure_limits(seconds=0.0)

@@ -31,6 +31,42 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+// Keeps the calling thread on a processor of its own while it exists, where there are enough of
+// them: two threads that the system has started on one would find half of what the machine can do.
+class OwnProcessor {
+ public:
+  OwnProcessor([[maybe_unused]] int64_t thread, [[maybe_unused]] int64_t threads) {
+#if defined(__linux__)
+    if (sched_getaffinity(0, sizeof(before_), &before_) != 0 || CPU_COUNT(&before_) < threads) {
+      return;
+    }
+    cpu_set_t own;
+    CPU_ZERO(&own);
+    for (int processor = 0; processor < CPU_SETSIZE; ++processor) {
+      if (CPU_ISSET(processor, &before_) && thread-- == 0) {
+        CPU_SET(processor, &own);
+      }
+    }
+    pinned_ = sched_setaffinity(0, sizeof(own), &own) == 0;
+#endif
+  }
+  OwnProcessor(const OwnProcessor&) = delete;
+  OwnProcessor& operator=(const OwnProcessor&) = delete;
+  ~OwnProcessor() {
+#if defined(__linux__)
+    if (pinned_) {
+      sched_setaffinity(0, sizeof(before_), &before_);
+    }
+#endif
+  }
+
+#if defined(__linux__)
+ private:
+  cpu_set_t before_{};
+  bool pinned_ = false;
+#endif
+};
+
 // Best rate over repeats of all threads doing `loop` at the same time, from the first start to the
 // last end.
 double best_rate(int64_t threads, double seconds, const Loop& loop) {
@@ -54,6 +90,7 @@ double best_rate(int64_t threads, double seconds, const Loop& loop) {
   std::barrier start_line(threads, at_start);
   std::barrier end_line(threads, at_end);
   auto run = [&](int64_t thread) {
+    const OwnProcessor own(thread, threads);
     loop(thread);  // warms up: pages, clocks, caches
     while (!done) {
       start_line.arrive_and_wait();
