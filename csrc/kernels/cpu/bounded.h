@@ -94,9 +94,9 @@ struct Weighted {
   }
 };
 
-// The same one tile later. Where tiles are small, powers of two of sums that have just been finished
-// would wait for these, and the processor would not see the next tile before they are done. Those of
-// the tile before wait for nothing, and are taken beside products.
+// The same one tile later. Where tiles are small, powers of two of sums that have just been
+// finished would wait for these, and the processor would not see the next tile before they are
+// done. Those of the tile before wait for nothing, and are taken beside products.
 template <typename U, bool kPart>
 struct WeightedLater {
   using T = Sum<U>;

@@ -24,10 +24,12 @@ constexpr int64_t lane_rows_size(int64_t rows, int64_t width) {
   return round_up(rows, kPanelRows<T>) * width;
 }
 
-// Whether so few lanes stay empty that this is faster.
+// Whether so few lanes stay empty that this is faster. With few registers, one vector of rows
+// leaves tiles too small.
 template <typename T>
 constexpr bool fills_lanes(int64_t rows) {
-  return rows >= (kManyRegisters ? 1 : 2) * kLanes<T> && round_up(rows, kLanes<T>) - rows <= rows / 8;
+  return rows >= (kManyRegisters ? 1 : 2) * kLanes<T> &&
+         round_up(rows, kLanes<T>) - rows <= rows / 8;
 }
 
 // `count` <= kLanes rows, `stride` apart, to the lanes of panels from row `first` on, a multiple of

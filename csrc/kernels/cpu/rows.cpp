@@ -129,7 +129,7 @@ RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, Arena& arena) {
 }
 
 // `count` rows of `channels` elements of the matrix, as U: where they are, or padded in `buffer`.
-// They were last read one call ago: all of them are asked for at once, unless that has been done.
+// They were last read one call ago: all that is not there yet is asked for at once.
 template <typename S, typename U>
 TokenBlock<U> read_matrix(const S* from, int64_t stride, int64_t count, int64_t channels,
                           int64_t width, bool in_place, U* buffer) {
@@ -237,9 +237,8 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
   using T = Compute<S>;
   const int64_t group = task / plan.parts;
   const int64_t first = task % plan.parts * plan.part;
-  const int64_t next = last || !plan.in_place
-                           ? 0
-                           : matrix_start(p, plan, task + 1) - matrix_start(p, plan, task);
+  const int64_t next =
+      last || !plan.in_place ? 0 : matrix_start(p, plan, task + 1) - matrix_start(p, plan, task);
   const int64_t count = min_of(plan.part, p.columns - first);
   const auto run = [&](auto type) {
     using U = decltype(type);
