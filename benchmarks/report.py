@@ -134,9 +134,12 @@ def _notes(results: Results) -> list[str]:
     notes = [
         "",
         "Median (quartiles). Times as fast: time of the peer over ours, round by round. Forward in inference mode.",
-        "Of limit: the least time by the better of the limits before and after, over the median of ours; where memory "
-        "is part of the work, its bandwidth by the better of what was measured right before and right after the row.",
+        "Of limit: the least time by the best of the limits measured in the run, over the median of ours.",
     ]
+    if any(row.bandwidth for row in results.rows):
+        notes.append(
+            "Where memory is part of the work: by the better of the bandwidths right before and after the row."
+        )
     for row in results.rows:
         if row.busy_target is not None and row.ours is not None:
             busy = f"{row.ours.busy:.0%} of the threads' time busy, target ≥ {row.busy_target:.0%}"

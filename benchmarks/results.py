@@ -90,7 +90,7 @@ class RowResult:
         peers: the others.
         error: relative difference of ours from the row's own expectation, where it has one.
         work: flops, read, copied and bfloat16 of the least work.
-        bandwidth: copy_gbs and read_gbs around the row's timing; None: memory is not part of its work.
+        bandwidth: copy_gbs and read_gbs around the row's timing; None: not measured, or memory is not part of its work.
         limit_seconds: the least time on this machine.
         share: limit_seconds over the median of ours.
         share_target, share_reached: what it is to be, and whether it is.
@@ -124,7 +124,7 @@ class Results:
 
     Attributes:
         header: see ``machine.describe``.
-        limits: those measured before and after the rows, and the best of each.
+        limits: those measured before and after the rows, and the best of each, those around rows included.
         rows: one for each row that was selected.
         seconds: that all took.
     """

@@ -29,7 +29,7 @@ class Options:
 
     Attributes:
         rows: names, their beginnings up to a slash, or patterns with *; empty: all.
-        quick: leave out slow sides and rows.
+        quick: leave out slow sides and rows, and limits around rows.
         cold: flush the caches in front of every call.
         tiny: the rows' tiny sizes, to test the structure.
         minutes: for everything.
@@ -48,11 +48,6 @@ class Options:
     out: Path = Path("bench-output")
     command: str = ""
     pinned: bool = False
-
-
-def around(options: Options) -> dict[str, Any]:
-    """Limits around one row, see :func:`measure_row`."""
-    return machine.measure_limits(options.limit_seconds * _SHARE_OF_LIMIT_SECONDS)
 
 
 def select(options: Options) -> list[Row]:
@@ -87,22 +82,27 @@ def run(options: Options, say: Callable[[str], None] = print) -> Results:
     for line in machine.header_lines(results.header):
         say(line)
     before = machine.measure_limits(options.limit_seconds)
+    measured = [before]
+
+    def around() -> dict[str, Any]:
+        measured.append(machine.measure_limits(options.limit_seconds * _SHARE_OF_LIMIT_SECONDS))
+        return measured[-1]
+
     flush = machine.cache_flush() if options.cold else None
+    limits = None if options.quick else around  # they take seconds
     try:
         for index, row in enumerate(rows):
             left = options.minutes * 60 - (time.perf_counter() - start)
             seconds = min(_MOST_ROW_SECONDS[options.quick], max(0.0, left) * _SHARE_OF_BUDGET / (len(rows) - index))
             began = time.perf_counter()
-            found = measure_row(
-                row, seconds, quick=options.quick, tiny=options.tiny, flush=flush, limits=lambda: around(options)
-            )
+            found = measure_row(row, seconds, quick=options.quick, tiny=options.tiny, flush=flush, limits=limits)
             results.rows.append(found)
             outcome = f"{found.status} {found.reason}".strip()
             say(f"[{index + 1}/{len(rows)}] {row.name}: {outcome}, {time.perf_counter() - began:.1f} s")
     except KeyboardInterrupt:
         say("Stopped: what follows is of the rows so far.")
     after = machine.measure_limits(options.limit_seconds)
-    results.limits = {"before": before, "after": after, "best": machine.best_limits([before, after])}
+    results.limits = {"before": before, "after": after, "best": machine.best_limits([*measured, after])}
     results.header["load_after"] = list(os.getloadavg())
     for row in results.rows:
         compare_with_limits(row, results.limits["best"])

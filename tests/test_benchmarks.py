@@ -88,8 +88,7 @@ def test_what_is_saved_of_a_row(saved: dict[str, Any], rows: list[case.Row]) -> 
         assert compared, f"{row.name}: compared with nothing"
         assert max(compared) <= row.tolerance
         assert (found["share"] is None) == (found["work"] is None)
-        depends = found["work"] is not None and found["work"]["read"] + found["work"]["copied"] > 0
-        assert (found["bandwidth"] is not None) == depends, row.name
+        assert found["bandwidth"] is None, "a quick run"
         assert found["share_target"] == row.share_target
         assert (found["share_reached"] is None) == (row.share_target is None)
 
@@ -198,6 +197,23 @@ def test_bandwidth_is_that_around_the_row(monkeypatch: Any) -> None:
     assert events == ["limits", "timing", "limits", "timing"]
     measure.compare_with_limits(found, LIMITS)
     assert found.limit_seconds == pytest.approx(1.0)  # arithmetic: the run's own limit
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_bandwidth_is_measured_unless_quick(tmp_path: Path, monkeypatch: Any, quick: bool) -> None:
+    def build(**work: float) -> case.Case:
+        return case.Case(torch.zeros(1).clone, [], case.Work(**work), expected=torch.zeros(1).clone)
+
+    row = a_row(build)
+    rows = [replace(row, name=f"test/{name}", sizes={name: 1e9}) for name in ("read", "copied", "flops")]
+    monkeypatch.setattr(run, "all_rows", lambda: rows)
+    results = run.run(tiny_options(tmp_path, quick=quick))
+    assert [found.bandwidth is not None for found in results.rows] == [not quick, not quick, False]
+    for found in results.rows:
+        for name, value in (found.bandwidth or {}).items():
+            assert 0 < value <= results.limits["best"][name]
+    said = "right before and after the row" in (tmp_path / "report.txt").read_text(encoding="utf-8")
+    assert said == (not quick)
 
 
 def test_rows_are_selected_by_name(tmp_path: Path, rows: list[case.Row]) -> None:

@@ -167,11 +167,11 @@ void multiply_lanes(const RowsPlan& plan, const TokenBlock<T>& matrix, T* panels
   });
 }
 
-// Columns [first, first + count) of the products of one group, U being S or the compute type.
-// `next`: distance to the part of the matrix that the same worker reads next; 0: none.
+// `count` columns of the products of one group, U being S or the compute type. `from`: their part
+// of the matrix; `next`: distance to that which the same worker reads next; 0: none.
 template <typename S, typename U>
 void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t group,
-                       int64_t first, int64_t count, int64_t next, const RowsScratch<S>& s) {
+                       const S* from, int64_t count, int64_t next, const RowsScratch<S>& s) {
   using T = Compute<S>;
   // f(rows, stride, count, distance to the next ones, their sums) for all rows.
   const auto for_each_run = [&](const auto& f) {
@@ -190,15 +190,13 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
     }
   };
   U* buffer = reinterpret_cast<U*>(s.matrix);
-  const S* matrix = static_cast<const S*>(p.matrix);
   if (p.transposed) {
-    const S* from = matrix + (group * p.columns + first) * p.matrix_stride;
     const auto x =
         read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
-    const int64_t odd = next + x.stride;
     if constexpr (__is_same(U, T)) {
       if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
     }
+    const int64_t odd = next + x.stride;
     for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
       dot_rows(rows, stride, count_of_rows, x, plan.inner, next, sums, plan.stride);
       // Every other row of the next part has been fetched; now the others.
@@ -207,7 +205,6 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
     return;
   }
   const int64_t width = round_up(count, plan.dots ? kDotChannels : int64_t{kLanes<T>});
-  const S* from = matrix + group * p.inner * p.matrix_stride + first;
   const auto x =
       read_matrix<S, U>(from, p.matrix_stride, p.inner, count, width, plan.in_place, buffer);
   for (int64_t r = 0; r < plan.rows; ++r) {
@@ -237,8 +234,8 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
   using T = Compute<S>;
   const int64_t group = task / plan.parts;
   const int64_t first = task % plan.parts * plan.part;
-  const int64_t next =
-      last || !plan.in_place ? 0 : matrix_start(p, plan, task + 1) - matrix_start(p, plan, task);
+  const int64_t start = matrix_start(p, plan, task);
+  const int64_t next = last || !plan.in_place ? 0 : matrix_start(p, plan, task + 1) - start;
   const int64_t count = min_of(plan.part, p.columns - first);
   const auto run = [&](auto type) {
     using U = decltype(type);
@@ -246,7 +243,8 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
       pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, reinterpret_cast<U*>(s.rows));
       s.group = group;
     }
-    rows_product_part<S, U>(p, plan, group, first, count, next, s);
+    rows_product_part<S, U>(p, plan, group, static_cast<const S*>(p.matrix) + start, count, next,
+                            s);
   };
   if constexpr (kHasDots<S>) {
     plan.dots ? run(S{}) : run(T{});
