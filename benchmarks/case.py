@@ -48,12 +48,14 @@ class Work:
         read: bytes that are read from memory and not written.
         copied: bytes read plus bytes written where as much is written as is read.
         bfloat16: the arithmetic can be bfloat16 dot products, where the instruction set in use has them.
+        int16: those of the operations that can be dot products of 16-bit integers, likewise.
     """
 
     flops: float = 0.0
     read: float = 0.0
     copied: float = 0.0
     bfloat16: bool = False
+    int16: float = 0.0
 
     @property
     def memory(self) -> bool:
@@ -65,8 +67,10 @@ class Work:
         rate = limits["fma_float32_gflops"]
         if self.bfloat16 and limits["dot_bfloat16_gflops"] is not None:
             rate = limits["dot_bfloat16_gflops"]
+        int16 = limits["dot_int16_gflops"] or rate
+        arithmetic = (self.flops - self.int16) / rate + self.int16 / int16
         memory = self.read / limits["read_gbs"] + self.copied / limits["copy_gbs"]
-        return max(self.flops / rate, memory) / 1e9
+        return max(arithmetic, memory) / 1e9
 
 
 @dataclass(frozen=True)

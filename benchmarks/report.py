@@ -112,8 +112,8 @@ def _limit_lines(results: Results) -> list[str]:
     lines = []
     for when in ("before", "after"):
         limits = results.limits[when]
-        bfloat16 = limits["dot_bfloat16_gflops"]
-        dot = "no bfloat16 dot product" if bfloat16 is None else f"bfloat16 dot {bfloat16:.0f} GFLOP/s"
+        rates = {"bfloat16": limits["dot_bfloat16_gflops"], "int16": limits["dot_int16_gflops"]}
+        dot = ", ".join(f"{name} dot {'none' if r is None else f'{r:.0f} GFLOP/s'}" for name, r in rates.items())
         lines.append(
             f"limits {when}: float32 FMA {limits['fma_float32_gflops']:.0f} GFLOP/s, {dot}, "
             f"copy {limits['copy_gbs']:.1f} GB/s, read {limits['read_gbs']:.1f} GB/s, {limits['threads']} threads"

@@ -89,7 +89,7 @@ class RowResult:
         ours: times of ours.
         peers: the others.
         error: relative difference of ours from the row's own expectation, where it has one.
-        work: flops, read, copied and bfloat16 of the least work.
+        work: flops, read, copied, bfloat16 and int16 of the least work.
         bandwidth: copy_gbs and read_gbs around the row's timing; None: not measured, or memory is not part of its work.
         limit_seconds: the least time on this machine.
         share: limit_seconds over the median of ours.

@@ -22,7 +22,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$" AND CMAKE_SIZEOF_VOID
   endif()
   add_isa(avx2 8 ${avx2_flags})
   add_isa(avx512 16 ${avx512_flags})
-  add_isa(avx512_bf16 16 ${avx512_flags} -mavx512bf16)
+  add_isa(avx512_bf16 16 ${avx512_flags} -mavx512bf16 -mavx512vnni)
 endif()
 if(NOT "generic" IN_LIST x_rope_cls_isas)
   message(FATAL_ERROR "X_ROPE_CLS_ISAS must contain generic, got ${X_ROPE_CLS_ISAS}")

@@ -24,7 +24,13 @@ for _package in ("x_transformers", "matplotlib", "rich"):
 from benchmarks import case, machine, measure, memory, plot, report, run, timing  # noqa: E402  (after the path)
 
 NEED_COMPILING = "encoder/compiled"
-LIMITS = {"fma_float32_gflops": 100.0, "dot_bfloat16_gflops": None, "copy_gbs": 10.0, "read_gbs": 20.0}
+LIMITS = {
+    "fma_float32_gflops": 100.0,
+    "dot_bfloat16_gflops": None,
+    "dot_int16_gflops": None,
+    "copy_gbs": 10.0,
+    "read_gbs": 20.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +314,8 @@ def test_least_time_is_that_of_arithmetic_or_memory() -> None:
     assert case.Work(flops=5e11, read=2e10, copied=5e10).seconds(LIMITS) == pytest.approx(6.0)
     assert case.Work(flops=5e11, bfloat16=True).seconds(LIMITS) == pytest.approx(5.0)
     assert case.Work(flops=5e11, bfloat16=True).seconds({**LIMITS, "dot_bfloat16_gflops": 250.0}) == pytest.approx(2.0)
+    assert case.Work(flops=5e11, int16=2e11).seconds(LIMITS) == pytest.approx(5.0)
+    assert case.Work(flops=5e11, int16=2e11).seconds({**LIMITS, "dot_int16_gflops": 200.0}) == pytest.approx(4.0)
     assert machine.best_limits([LIMITS, {**LIMITS, "copy_gbs": 11.0}]) == {**LIMITS, "copy_gbs": 11.0}
 
 

@@ -169,8 +169,9 @@ def test_measure_limits() -> None:
         assert 0.05 < figures["copy_gbs"] < 1e5
         assert 0.05 < figures["read_gbs"] < 1e5
         has_dot = limits["cpu_isa"] == "avx512_bf16"
-        assert (figures["dot_bfloat16_gflops"] is not None) == has_dot
-        assert figures["dot_bfloat16_gflops"] is None or figures["dot_bfloat16_gflops"] > 0.1
+        for rate in (figures["dot_bfloat16_gflops"], figures["dot_int16_gflops"]):
+            assert (rate is not None) == has_dot
+            assert rate is None or rate > 0.1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors of a thread are known on Linux only")

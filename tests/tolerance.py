@@ -10,7 +10,9 @@ is k, in units of the dtype's last place. Loosening one needs a reason written h
 - float32: the polynomial exp2 is good to about 2 units, its argument (a score times log2 e, up to 2^5) to as many.
   Rounding a larger score S moves its weight by S units, whatever one does; the operators round it once more than eager
   PyTorch (scale and log2 e are folded into q). A test with such scores multiplies k by S / 2^5.
-- bfloat16 and float16: inputs are the same, arithmetic is in float32, one final rounding to half a unit.
+- bfloat16 and float16: inputs are the same, arithmetic is in float32, one final rounding to half a unit. Where rotated
+  rows are rounded for dot products (bfloat16, or 16-bit integers in float16), the first term covers it: eager PyTorch
+  rounds them too, and its scores besides.
 - Gradients of attention (`GRADIENT_SLACK`): they are sums of p (<v, grad_out> - <out, grad_out>), where each
   product reaches 20 and more for 80 value channels and the sum may be near 0.
 - The same in bfloat16 and float16: `out` was rounded to half a unit in each of up to 80 value channels before it was

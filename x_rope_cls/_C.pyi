@@ -17,6 +17,7 @@ class Limits(TypedDict):
     threads: int
     fma_float32_gflops: float
     dot_bfloat16_gflops: float | None
+    dot_int16_gflops: float | None
     copy_gbs: float
     read_gbs: float
 

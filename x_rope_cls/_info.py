@@ -93,10 +93,10 @@ def _limits(seconds: float) -> list[str]:
     found = _C.measure_limits(seconds)
     lines = [f"measured limits ({found['cpu_isa']}):"]
     for title, limits in (("one thread", found["one_thread"]), ("all threads", found["all_threads"])):
-        bfloat16 = limits["dot_bfloat16_gflops"]
+        dots = {"bfloat16": limits["dot_bfloat16_gflops"], "int16": limits["dot_int16_gflops"]}
         figures = [
             f"float32 FMA {limits['fma_float32_gflops']:.0f} GFLOP/s",
-            f"bfloat16 dot {bfloat16:.0f} GFLOP/s" if bfloat16 is not None else "no bfloat16 dot product",
+            *(f"{n} dot {'none' if r is None else f'{r:.0f} GFLOP/s'}" for n, r in dots.items()),
             f"copy {limits['copy_gbs']:.1f} GB/s",
             f"read {limits['read_gbs']:.1f} GB/s",
         ]

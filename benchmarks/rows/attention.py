@@ -16,7 +16,10 @@ from ..case import OURS, TOLERANCE, Case, Row, Run, Side, Work, has_bfloat16_dot
 
 _SHAPES = {197: (8, 8, 197), 1024: (2, 8, 1024), 4096: (1, 8, 4096)}  # batch, heads, tokens, by tokens
 _PEER = "x-transformers + SDPA"
-_NOTE = "limit: 4·B·H·N²·D operations forward, 14·B·H·N²·D with the backward, at the peak of the multiply-add"
+_NOTE = (
+    "limit: 4·B·H·N²·D operations forward, 14·B·H·N²·D with the backward, at the peak of the multiply-add; "
+    "half of those of float16 at that of dot products of 16-bit integers, where there are any"
+)
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,9 @@ class _Inputs:
     def work(self, backward: bool) -> Work:
         batch, heads, tokens, head_dim = self.qkv[0].shape
         flops = (14 if backward else 4) * batch * heads * tokens**2 * head_dim
-        return Work(flops=flops, bfloat16=self.qkv[0].dtype == torch.bfloat16)
+        dtype = self.qkv[0].dtype
+        int16 = flops / 2 if dtype == torch.float16 and not backward else 0.0  # queries times keys
+        return Work(flops=flops, bfloat16=dtype == torch.bfloat16, int16=int16)
 
 
 def _rotate_case(

@@ -12,6 +12,8 @@ struct LimitKernels {
   double (*fma_float32)(int64_t iterations);
   // bfloat16 dot products into float32; null where the ISA has none.
   double (*dot_bfloat16)(int64_t iterations);
+  // Dot products of 16-bit integers into 32-bit ones; null where the ISA has none.
+  double (*dot_int16)(int64_t iterations);
   // Streams bytes (a multiple of 4096, 64-byte aligned) from one place to another.
   void (*copy)(void* to, const void* from, int64_t bytes);
   // Reads bytes; the return value keeps the loads alive.

@@ -213,6 +213,7 @@ Limits measure_limits(int64_t threads, double seconds) {
   Limits limits{};
   limits.fma_float32 = arithmetic_rate(loops.fma_float32, threads, seconds);
   limits.dot_bfloat16 = arithmetic_rate(loops.dot_bfloat16, threads, seconds);
+  limits.dot_int16 = arithmetic_rate(loops.dot_int16, threads, seconds);
   measure_memory(loops, threads, seconds, limits);
   return limits;
 }

@@ -8,6 +8,7 @@ namespace x_rope_cls {
 struct Limits {
   double fma_float32;   // floating-point operations a second, a multiply-add counting two
   double dot_bfloat16;  // the same; 0 where the ISA has no bfloat16 dot product
+  double dot_int16;     // the same for 16-bit integers
   double copy;          // bytes read plus bytes written a second
   double read;          // bytes a second
 };

@@ -81,10 +81,12 @@ py::dict limits_dict(int64_t threads, double seconds) {
   py::dict result;
   result["threads"] = threads;
   result["fma_float32_gflops"] = limits.fma_float32 / kGiga;
-  result["dot_bfloat16_gflops"] = py::none();
-  if (limits.dot_bfloat16 > 0.0) {
-    result["dot_bfloat16_gflops"] = limits.dot_bfloat16 / kGiga;
-  }
+  const auto rate_or_none = [](double rate) -> py::object {
+    if (rate > 0.0) return py::float_(rate / kGiga);
+    return py::none();
+  };
+  result["dot_bfloat16_gflops"] = rate_or_none(limits.dot_bfloat16);
+  result["dot_int16_gflops"] = rate_or_none(limits.dot_int16);
   result["copy_gbs"] = limits.copy / kGiga;
   result["read_gbs"] = limits.read / kGiga;
   return result;
@@ -128,15 +130,16 @@ PYBIND11_MODULE(_C, module) {
       "set_cpu_isa", &set_cpu_isa, py::arg("name"),
       "Uses the named instruction set from now on. Not to be called while an operator runs.\n\n"
       "Raises:\n    ValueError: the name is unknown, or this machine cannot run it.");
-  module.def(
-      "measure_limits", &measure_limits, py::arg("seconds") = 0.2, py::arg("threads") = 0,
-      "Measures what this machine can do at most, with the instruction set in use.\n\n"
-      "Args:\n"
-      "    seconds: time for each of about eight figures.\n"
-      "    threads: of the second measurement; 0: all processors of this process.\n\n"
-      "Returns:\n"
-      "    {'cpu_isa', 'one_thread': limits, 'all_threads': limits}, each limits a dict of "
-      "threads,\n"
-      "    fma_float32_gflops and dot_bfloat16_gflops (a multiply-add counts two; None: no such\n"
-      "    instruction), copy_gbs (bytes read plus written) and read_gbs, in 1e9 a second.");
+  module.def("measure_limits", &measure_limits, py::arg("seconds") = 0.2, py::arg("threads") = 0,
+             "Measures what this machine can do at most, with the instruction set in use.\n\n"
+             "Args:\n"
+             "    seconds: time for each of about ten figures.\n"
+             "    threads: of the second measurement; 0: all processors of this process.\n\n"
+             "Returns:\n"
+             "    {'cpu_isa', 'one_thread': limits, 'all_threads': limits}, each limits a dict of "
+             "threads,\n"
+             "    fma_float32_gflops, dot_bfloat16_gflops and dot_int16_gflops (a multiply-add "
+             "counts two;\n"
+             "    None: no such instruction), copy_gbs (bytes read plus written) and read_gbs, in "
+             "1e9 a second.");
 }

@@ -16,32 +16,44 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Attending.
 
-// Products of all rows with a panel of keys, their sums given to `finish`.
-template <typename U, typename F, typename E>
-X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<U>& plan, const Panel& panel,
-                                   bool ordinary_keys, const PackedHead<U>& head,
-                                   const RowBlock& block, const RowScratch<U>& s, Sum<U>* to,
+// Products of all rows with a panel of keys, given to `finish` in units of log2.
+template <typename O, typename F, typename E>
+X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Panel& panel,
+                                   bool ordinary_keys, const PackedHead<O>& head,
+                                   const RowBlock& block, const RowScratch<O>& s, typename O::T* to,
                                    F&& beside, const E& finish) {
+  using Q = typename O::Score;
   const int64_t d = plan.depth;
   // Special rows are packed raw already; ordinary ones meet special keys raw.
-  const U* query = block.ordinary && !ordinary_keys ? s.query_raw : s.query;
-  const U* keys = (!block.ordinary && ordinary_keys ? head.raw : head.keys) + panel.packed * d;
-  if (panel.width == 2 * kLanes<Sum<U>>) {
-    multiply_panel<U, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
-                                              panel.width, to, plan.score_stride, beside, finish);
+  const bool raw_rows = block.ordinary && !ordinary_keys;
+  const bool raw_keys = !block.ordinary && ordinary_keys;
+  const Q* query = raw_rows ? s.query_raw : s.query;
+  const Q* keys = (raw_keys ? head.raw : head.keys) + panel.packed * d;
+  const auto multiply_all = [&](const auto& finish) __attribute__((always_inline)) {
+    if (panel.width == 2 * kLanes<typename O::T>) {
+      multiply_panel<Q, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
+                                                panel.width, to, plan.score_stride, beside, finish);
+    } else {
+      multiply_panel<Q, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
+                                                panel.width, to, plan.score_stride, beside, finish);
+    }
+  };
+  if constexpr (O::kFixed) {
+    const auto* rows = raw_rows ? s.raw_steps : s.steps;
+    const auto* columns = (raw_keys ? head.raw_steps : head.steps) + panel.packed;
+    multiply_all(Scaled<E>{rows, columns, finish});
   } else {
-    multiply_panel<U, Left::kByRow, false, 1>(block.rows, d, query, plan.key_stride, keys,
-                                              panel.width, to, plan.score_stride, beside, finish);
+    multiply_all(finish);
   }
 }
 
 // Scores of all rows with the keys in columns [first, last).
-template <typename U, typename F>
-void score_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
-                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s,
+template <typename O, typename F>
+void score_block(const ForwardPlan<O>& plan, const Columns& columns, const PackedHead<O>& head,
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<O>& s,
                  F&& beside) {
   for (int64_t c = first; c < last;) {
-    const Panel panel = panel_at<Sum<U>>(columns, c);
+    const Panel panel = panel_at<typename O::T>(columns, c);
     score_panel(plan, panel, c < columns.special_start, head, block, s, s.scores + (c - first),
                 beside, Written{});
     c += panel.columns;
@@ -49,11 +61,12 @@ void score_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
 }
 
 // The same, with weights in place of scores that are bounded.
-template <typename U, typename F>
-void weigh_block(const ForwardPlan<U>& plan, const Columns& columns, const PackedHead<U>& head,
-                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s,
+template <typename O, typename F>
+void weigh_block(const ForwardPlan<O>& plan, const Columns& columns, const PackedHead<O>& head,
+                 const RowBlock& block, int64_t first, int64_t last, const RowScratch<O>& s,
                  F&& beside) {
-  using T = Sum<U>;
+  using T = typename O::T;
+  using V = typename O::Value;
   for (int64_t c = first; c < last;) {
     const Panel panel = panel_at<T>(columns, c);
     const bool ordinary_keys = c < columns.special_start;
@@ -63,10 +76,10 @@ void weigh_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
       constexpr bool kPart = decltype(part)::value;
       if constexpr (kManyRegisters) {
         score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
-                    Weighted<U, kPart>{c - first, s.lane_sums, keep});
+                    Weighted<V, kPart>{c - first, s.lane_sums, keep});
       } else {
         int64_t weighed = 0;
-        const WeightedLater<U, kPart> later{c - first, s.lane_sums, keep, &weighed};
+        const WeightedLater<V, kPart> later{c - first, s.lane_sums, keep, &weighed};
         score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside, later);
         if (panel.width == kLanes<T>) {
           later.template weigh_up_to<1>(block.rows, s.scores, plan.score_stride);
@@ -86,28 +99,32 @@ void weigh_block(const ForwardPlan<U>& plan, const Columns& columns, const Packe
   }
 }
 
-// Their scores with the keys in columns [first, last), all of them unrotated.
-template <typename S>
-void score_apart(const ForwardPlan<Operand<S>>& plan, const Columns& columns, const Split& split,
-                 const RowBlock& block, int64_t first, int64_t last,
-                 const RowScratch<Operand<S>>& s) {
+// Scores with the keys in columns [first, last) of rows in `apart`, whose keys are read where they
+// lie. turned: whether the rows are rotated now.
+template <typename S, typename O>
+void score_apart(const ForwardPlan<O>& plan, const Columns& columns, const Split& split,
+                 const RowBlock& block, int64_t first, int64_t last, bool& turned,
+                 const RowScratch<O>& s) {
   const AttentionParams& p = *plan.p;
   const int64_t h = block.unit % p.key_heads;
   for_each_run(columns, split, first, last, [&](int64_t at, const int32_t* index, int64_t count) {
-    for (int64_t i = 0; i < count; i += kFewApartKeys) {
+    const bool rotated = block.ordinary && index < split.index + split.ordinary;
+    if (rotated != turned) pack_apart<S>(plan, block, rotated, s);
+    turned = rotated;
+    for (int64_t i = 0; i < count; i += kApartKeys) {
       const auto keys =
-          read_rows<S>(p, p.k, block.b, h, index + i, min_of(kFewApartKeys, count - i), p.head_dim,
-                       plan.key_width, plan.keys_in_place, false, s.keys, s.table);
+          read_rows<S>(p, p.k, block.b, h, index + i, min_of(kApartKeys, count - i), p.head_dim,
+                       plan.key_width, plan.keys_in_place, rotated, s.keys, s.table);
       dot_rows(s.apart, plan.key_width, block.rows, keys, plan.key_width, 0, s.scores + at + i,
                plan.score_stride);
     }
   });
 }
 
-template <typename U>
-void drop_row(const ForwardPlan<U>& plan, const Columns& columns, const Split& split,
-              const RowBlock& block, int64_t first, int64_t last, int64_t n, Sum<U>* row,
-              Sum<U>* factors) {
+template <typename O>
+void drop_row(const ForwardPlan<O>& plan, const Columns& columns, const Split& split,
+              const RowBlock& block, int64_t first, int64_t last, int64_t n, typename O::T* row,
+              typename O::T* factors) {
   const Dropout dropout = make_dropout(plan.p->dropout_p, plan.p->seed);
   const int64_t bh = block.b * plan.p->heads + block.h;
   for_each_run(columns, split, first, last, [&](int64_t at, const int32_t* index, int64_t count) {
@@ -117,10 +134,10 @@ void drop_row(const ForwardPlan<U>& plan, const Columns& columns, const Split& s
 }
 
 // Biases, softmax and dropout of the scores in columns [first, last), which become operands.
-template <typename U>
-void soften_block(const ForwardPlan<U>& plan, const Columns& columns, const Split& split,
-                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<U>& s) {
-  using T = Sum<U>;
+template <typename O>
+void soften_block(const ForwardPlan<O>& plan, const Columns& columns, const Split& split,
+                  const RowBlock& block, int64_t first, int64_t last, const RowScratch<O>& s) {
+  using T = typename O::T;
   const AttentionParams& p = *plan.p;
   const bool padding = has_padding(columns, first, last);
   constexpr int64_t kAtOnce = 4;  // rows: nobody waits for the maximum of a single one
@@ -146,15 +163,14 @@ void soften_block(const ForwardPlan<U>& plan, const Columns& columns, const Spli
       if (p.dropout_p > 0) {
         drop_row(plan, columns, split, block, first, last, block.index[r], row, s.factors);
       }
-      OperandTraits<U>::round_row(row, last - first);
+      OperandTraits<typename O::Value>::round_row(row, last - first);
     }
   }
 }
 
-template <typename S>
-void store_block(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
-                 const RowScratch<Operand<S>>& s) {
-  using T = Compute<S>;
+template <typename S, typename O>
+void store_block(const ForwardPlan<O>& plan, const RowBlock& block, const RowScratch<O>& s) {
+  using T = typename O::T;
   const AttentionParams& p = *plan.p;
   T* lse = static_cast<T*>(p.lse) + (block.b * p.heads + block.h) * p.queries;
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -173,29 +189,31 @@ X_ROPE_CLS_INLINE bool weights_in_registers(const AttentionParams& p) {
   return p.bias == nullptr && p.dropout_p == 0;
 }
 
-template <typename U>
-Sum<U> reach_of_keys(const ForwardPlan<U>& plan, const PackedHead<U>& head) {
-  Sum<U> reach{0};
+template <typename O>
+typename O::T reach_of_keys(const ForwardPlan<O>& plan, const PackedHead<O>& head) {
+  typename O::T reach{0};
   for (int64_t i = 0; i < (plan.whole ? 1 : plan.packs); ++i) reach = max_of(reach, head.reach[i]);
   return reach;
 }
 
-template <typename S>
-void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
-                  const RowBlock& block, Ahead<S>& ahead, const RowScratch<Operand<S>>& s) {
-  using T = Compute<S>;
-  using U = Operand<S>;
+template <typename S, typename O>
+void attend_block(const ForwardPlan<O>& plan, const PackedHead<O>& head, const RowBlock& block,
+                  Ahead<S>& ahead, const RowScratch<O>& s) {
+  using T = typename O::T;
+  using V = typename O::Value;
   constexpr int64_t kWide = 2 * kLanes<T>;
   const Split split = plan.keys.of(block.b);
   const Columns columns = close_columns_of<T>(split);
-  const bool apart = !block.ordinary && few_apart(plan, block.b);
+  bool apart = !block.ordinary && few_apart(plan, block.b);
   bool bounded = false;
-  if (apart) {
-    pack_apart<S>(plan, block, s);
-  } else {
-    const T reach = pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
-    bounded = weights_in_registers(*plan.p) && is_bounded(reach, reach_of_keys(plan, head));
+  if (!apart) {
+    const T rows = pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+    const T keys = reach_of_keys(plan, head);
+    bounded = weights_in_registers(*plan.p) && is_bounded(rows, keys);
+    apart = O::kFixed && !(max_of(rows, keys) < kInfinity<T>);  // no integers stand for them
   }
+  bool turned = false;
+  if (apart) pack_apart<S>(plan, block, turned, s);
   if (columns.total == 0) {
     for (int64_t i = 0; i < block.rows * plan.value_width; ++i) s.out[i] = T{0};
   }
@@ -212,7 +230,7 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
       weigh_block(plan, columns, head, block, first, last, s, ahead);
     } else {
       if (apart) {
-        score_apart<S>(plan, columns, split, block, first, last, s);
+        score_apart<S>(plan, columns, split, block, first, last, turned, s);
       } else {
         score_block(plan, columns, head, block, first, last, s, ahead);
       }
@@ -220,10 +238,10 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
     }
     const int64_t weights = min_of(last, end) - first;  // without the padding behind the last key
     const auto sum_values = [&](auto accumulate) {
-      multiply<U, Left::kByRow, decltype(accumulate)::value>(
-          block.rows, plan.value_width, ceil_div(weights, kTogether<U>),
-          reinterpret_cast<const U*>(s.scores), plan.score_stride,
-          head.values + first / kTogether<U> * kWide, kWide, columns.total / kTogether<U> * kWide,
+      multiply<V, Left::kByRow, decltype(accumulate)::value>(
+          block.rows, plan.value_width, ceil_div(weights, kTogether<V>),
+          reinterpret_cast<const V*>(s.scores), plan.score_stride,
+          head.values + first / kTogether<V> * kWide, kWide, columns.total / kTogether<V> * kWide,
           s.out, plan.value_width, ahead);
     };
     if (first == 0) {
@@ -240,8 +258,8 @@ void attend_block(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<
 }
 
 // Rows of attending task `task` of a key head: blocks of ordinary rows, then of special ones.
-template <typename U>
-RowBlock find_rows(const ForwardPlan<U>& plan, int64_t unit, int64_t task) {
+template <typename O>
+RowBlock find_rows(const ForwardPlan<O>& plan, int64_t unit, int64_t task) {
   const AttentionParams& p = *plan.p;
   const int64_t blocks = plan.attends / plan.group;
   RowBlock block{};
@@ -260,15 +278,14 @@ RowBlock find_rows(const ForwardPlan<U>& plan, int64_t unit, int64_t task) {
   return block;
 }
 
-template <typename S>
-void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) {
-  using U = Operand<S>;
-  const ForwardPlan<U>& plan = m.plan;
+template <typename S, typename O>
+void run_task(const ForwardMemory<O>& m, int64_t task, int64_t worker) {
+  const ForwardPlan<O>& plan = m.plan;
   const int64_t tasks = plan.packs + plan.attends;
   const int64_t unit = task / tasks;
   const int64_t local = task % tasks;
   const int64_t round = unit / plan.slots;  // how many heads used the slot before
-  const PackedHead<U>& head = m.heads[unit % plan.slots];
+  const PackedHead<O>& head = m.heads[unit % plan.slots];
   if (local < plan.packs) {
     wait_until(*head.attended, round * plan.attends);
     // A split may leave fewer columns than keys, and special ones start a vector of their own.
@@ -286,9 +303,8 @@ void run_task(const ForwardMemory<Operand<S>>& m, int64_t task, int64_t worker) 
 
 // What block `i` of a head stores, and what the same worker reads next: the next block's rows, and
 // a share of the next head's keys and values (next: -1 if there is none).
-template <typename S>
-Ahead<S> ahead_of(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, int64_t i,
-                  int64_t next) {
+template <typename S, typename O>
+Ahead<S> ahead_of(const ForwardPlan<O>& plan, const RowBlock& block, int64_t i, int64_t next) {
   using T = Compute<S>;
   const AttentionParams& p = *plan.p;
   Ahead<S> ahead;
@@ -314,10 +330,10 @@ Ahead<S> ahead_of(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, in
 }
 
 // Heads [first, last), one after the other.
-template <typename S>
-void run_heads(const ForwardMemory<Operand<S>>& m, int64_t first, int64_t last, int64_t worker) {
-  const ForwardPlan<Operand<S>>& plan = m.plan;
-  const PackedHead<Operand<S>>& head = m.heads[worker];
+template <typename S, typename O>
+void run_heads(const ForwardMemory<O>& m, int64_t first, int64_t last, int64_t worker) {
+  const ForwardPlan<O>& plan = m.plan;
+  const PackedHead<O>& head = m.heads[worker];
   for (int64_t unit = first; unit < last; ++unit) {
     head.reach[0] = pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
     for (int64_t i = 0; i < plan.attends; ++i) {
@@ -329,10 +345,10 @@ void run_heads(const ForwardMemory<Operand<S>>& m, int64_t first, int64_t last, 
   }
 }
 
-template <typename S>
+template <typename S, typename O>
 void forward_typed(const AttentionParams& p, const Parallel& parallel, void* workspace) {
   Arena arena{static_cast<char*>(workspace), 0};
-  const auto m = take_memory<S>(p, parallel.workers, arena);
+  const auto m = take_memory<S, O>(p, parallel.workers, arena);
   fill_splits(m.plan.queries, query_source(p));
   fill_splits(m.plan.keys, key_source(p));
   for (int64_t i = 0; i < m.plan.slots; ++i) {
@@ -350,14 +366,30 @@ void forward_typed(const AttentionParams& p, const Parallel& parallel, void* wor
             [&](int64_t task, int64_t worker) { run_task<S>(m, task, worker); });
 }
 
+// Calls f with a value of the storage type and one of what is multiplied.
+template <typename F>
+void with_operands(const AttentionParams& p, F&& f) {
+  with_storage_type(p.dtype, [&](auto type) {
+    using S = decltype(type);
+    using U = Operand<S>;
+#ifdef __AVX512VNNI__
+    // Where nothing is rotated, float16 would be exact elsewhere too.
+    if constexpr (__is_same(S, Float16)) {
+      if (p.has_rotary) return f(type, ForwardOperands<U, Int16Pair>{});
+    }
+#endif
+    f(type, ForwardOperands<U, U>{});
+  });
+}
+
 }  // namespace
 
 int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
   if (attention_is_few(params)) return attention_few_workspace(params, workers);
   int64_t bytes = 0;
-  with_storage_type(params.dtype, [&](auto type) {
+  with_operands(params, [&](auto type, auto operands) {
     Arena arena{nullptr, 0};
-    take_memory<decltype(type)>(params, workers, arena);
+    take_memory<decltype(type), decltype(operands)>(params, workers, arena);
     bytes = arena.used;
   });
   return bytes;
@@ -365,8 +397,9 @@ int64_t attention_workspace(const AttentionParams& params, int64_t workers) {
 
 void attention_forward(const AttentionParams& params, const Parallel& parallel, void* workspace) {
   if (attention_is_few(params)) return attention_few(params, parallel, workspace);
-  with_storage_type(params.dtype,
-                    [&](auto type) { forward_typed<decltype(type)>(params, parallel, workspace); });
+  with_operands(params, [&](auto type, auto operands) {
+    forward_typed<decltype(type), decltype(operands)>(params, parallel, workspace);
+  });
 }
 
 }  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

@@ -4,6 +4,7 @@
 #include "../attention.h"
 #include "attention_common.h"
 #include "bounded.h"
+#include "fixed_point.h"
 #include "tasks.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -14,12 +15,12 @@ constexpr int64_t kLeastRows = 24;       // when there are too few blocks for th
 constexpr int64_t kKeyBlock = 256;       // columns of scores held at a time
 constexpr int64_t kPackKeys = 512;       // keys a packing task takes
 constexpr int64_t kFewApart = 16;        // rows apart of a key head that are not worth raw panels
-constexpr int64_t kFewApartKeys = 128;   // keys that they read at a time
+constexpr int64_t kApartKeys = 128;      // keys that rows apart read at a time
 constexpr double kFlopsPerWorker = 1e6;  // less work is not worth another thread
 constexpr int64_t kEqualHeads = 4;       // a worker: that stay whole where all have as many
 
 // Sizes and choices of one call.
-template <typename U>
+template <typename O>
 struct ForwardPlan {
   const AttentionParams* p;
   int64_t workers;
@@ -44,23 +45,29 @@ struct ForwardPlan {
 // What packing one key head leaves: keys as panels [column panel][channel][column], those with a
 // position rotated in `keys` and, for many rows without one, as they are in `raw`; values as panels
 // [value panel][column][2 vectors].
-template <typename U>
+template <typename O>
 struct PackedHead {
-  U* keys;
-  U* raw;
-  U* values;
-  Sum<U>* reach;      // of its keys, by packing task: what Reach::value() says
+  using T = typename O::T;
+  typename O::Score* keys;
+  typename O::Score* raw;
+  T* steps;      // of keys, by column, where they are integers
+  T* raw_steps;  // of raw
+  typename O::Value* values;
+  T* reach;           // of its keys, by packing task: what Reach::value() says
   Counter* packed;    // packing tasks done, over all heads that used the slot
   Counter* attended;  // attending tasks done
 };
 
-template <typename U>
+template <typename O>
 struct RowScratch {
-  using T = Sum<U>;
-  U* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
-  U* query_raw;  // the same, unrotated
-  T* apart;      // (kFewApart, key_width), rows without a position where they are few
-  T* keys;       // (kFewApartKeys, key_width), keys that those read
+  using T = typename O::T;
+  using Q = typename O::Score;
+  Q* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
+  Q* query_raw;  // the same, unrotated
+  T* steps;      // (rows), of query, where that is integers
+  T* raw_steps;  // (rows), of query_raw
+  T* apart;      // (rows, key_width), rows that read keys where they lie
+  T* keys;       // (kApartKeys, key_width), keys that those read
   T* scores;     // (rows, score_stride)
   T* out;        // (rows, value_width)
   T* maximum;    // (rows), log2
@@ -71,11 +78,11 @@ struct RowScratch {
   T* factors;    // (key block), dropout
 };
 
-template <typename U>
+template <typename O>
 struct ForwardMemory {
-  ForwardPlan<U> plan;
-  PackedHead<U>* heads;
-  RowScratch<U>* scratch;
+  ForwardPlan<O> plan;
+  PackedHead<O>* heads;
+  RowScratch<O>* scratch;
 };
 
 inline double forward_flops(const AttentionParams& p) {
@@ -98,19 +105,20 @@ int64_t choose_row_block(const AttentionParams& p, int64_t workers) {
   return max_of<int64_t>(1, min_of(p.queries, round_up(ceil_div(p.queries, blocks), kTile)));
 }
 
-template <typename U>
-ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool keys_in_place,
+template <typename O>
+ForwardPlan<O> make_plan(const AttentionParams& p, int64_t most_workers, bool keys_in_place,
                          bool values_in_place) {
-  using T = Sum<U>;
-  ForwardPlan<U> plan{};
+  using T = typename O::T;
+  using Q = typename O::Score;
+  ForwardPlan<O> plan{};
   plan.p = &p;
   plan.workers = useful_workers(most_workers, forward_flops(p), kFlopsPerWorker);
-  plan.row_block = choose_row_block<Sum<U>>(p, plan.workers);
+  plan.row_block = choose_row_block<T>(p, plan.workers);
   plan.group = p.key_heads == 0 ? 1 : p.heads / p.key_heads;
   plan.most_columns = most_columns<T>(p.keys);
   plan.key_width = round_up(p.head_dim, kLanes<T>);
-  plan.key_stride = plan.key_width / kTogether<U>;
-  plan.depth = ceil_div(p.head_dim, kTogether<U>);
+  plan.key_stride = plan.key_width / kTogether<Q>;
+  plan.depth = ceil_div(p.head_dim, kTogether<Q>);
   plan.value_width = round_up(p.value_dim, kLanes<T>);
   plan.value_panels = ceil_div(plan.value_width, 2 * kLanes<T>);
   const int64_t widest = min_of(kKeyBlock + kBlockExcess * kLanes<T>, plan.most_columns);
@@ -127,22 +135,28 @@ ForwardPlan<U> make_plan(const AttentionParams& p, int64_t most_workers, bool ke
   return plan;
 }
 
-template <typename S, typename U = Operand<S>>
-ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
-  using T = Sum<U>;
-  ForwardMemory<U> m{};
-  m.plan = make_plan<U>(p, workers, in_place<S>(p.k, p.head_dim), in_place<S>(p.v, p.value_dim));
-  ForwardPlan<U>& plan = m.plan;
+template <typename S, typename O>
+ForwardMemory<O> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
+  using T = typename O::T;
+  using V = typename O::Value;
+  using Q = typename O::Score;
+  ForwardMemory<O> m{};
+  m.plan = make_plan<O>(p, workers, in_place<S>(p.k, p.head_dim), in_place<S>(p.v, p.value_dim));
+  ForwardPlan<O>& plan = m.plan;
   plan.queries = take_splits(arena, query_source(p));
   plan.keys = take_splits(arena, key_source(p));
-  m.heads = arena.take<PackedHead<U>>(plan.slots);
-  m.scratch = arena.take<RowScratch<U>>(plan.workers);
+  m.heads = arena.take<PackedHead<O>>(plan.slots);
+  m.scratch = arena.take<RowScratch<O>>(plan.workers);
   for (int64_t i = 0; i < plan.slots; ++i) {
-    PackedHead<U> head{};
-    head.keys = arena.take<U>(plan.most_columns * plan.depth);
-    head.raw = plan.raw_keys ? arena.take<U>(plan.most_columns * plan.depth) : nullptr;
+    PackedHead<O> head{};
+    head.keys = arena.take<Q>(plan.most_columns * plan.depth);
+    head.raw = plan.raw_keys ? arena.take<Q>(plan.most_columns * plan.depth) : nullptr;
+    if (O::kFixed) {
+      head.steps = arena.take<T>(plan.most_columns);
+      head.raw_steps = plan.raw_keys ? arena.take<T>(plan.most_columns) : nullptr;
+    }
     head.values =
-        arena.take<U>(plan.value_panels * 2 * kLanes<T> * plan.most_columns / kTogether<U>);
+        arena.take<V>(plan.value_panels * 2 * kLanes<T> * plan.most_columns / kTogether<V>);
     head.reach = arena.take<T>(max_of<int64_t>(plan.packs, 1));
     head.packed = arena.take<Counter>(1);
     head.attended = arena.take<Counter>(1);
@@ -151,12 +165,17 @@ ForwardMemory<U> take_memory(const AttentionParams& p, int64_t workers, Arena& a
   constexpr int64_t kTileRows = VecTraits<T>::kTileRows;
   const int64_t widest_row = max_of(plan.key_width, plan.value_width);
   for (int64_t i = 0; i < plan.workers; ++i) {
-    RowScratch<U> s{};
-    if (i > 0) arena.separate(kTileRows * plan.score_stride * static_cast<int64_t>(sizeof(U)));
-    s.query = arena.take<U>(plan.row_block * plan.key_stride);
-    s.query_raw = sets_apart(p) ? arena.take<U>(plan.row_block * plan.key_stride) : nullptr;
-    s.apart = plan.raw_keys ? arena.take<T>(kFewApart * plan.key_width) : nullptr;
-    s.keys = plan.raw_keys ? arena.take<T>(kFewApartKeys * plan.key_width) : nullptr;
+    RowScratch<O> s{};
+    if (i > 0) arena.separate(kTileRows * plan.score_stride * static_cast<int64_t>(sizeof(V)));
+    s.query = arena.take<Q>(plan.row_block * plan.key_stride);
+    s.query_raw = sets_apart(p) ? arena.take<Q>(plan.row_block * plan.key_stride) : nullptr;
+    if (O::kFixed) {
+      s.steps = arena.take<T>(plan.row_block);
+      s.raw_steps = sets_apart(p) ? arena.take<T>(plan.row_block) : nullptr;
+    }
+    const int64_t apart = O::kFixed ? plan.row_block : plan.raw_keys ? kFewApart : 0;
+    s.apart = arena.take<T>(apart * plan.key_width);
+    s.keys = arena.take<T>(apart == 0 ? 0 : kApartKeys * plan.key_width);
     s.scores = arena.take<T>(plan.row_block * plan.score_stride);
     s.out = arena.take<T>(plan.row_block * plan.value_width);
     s.maximum = arena.take<T>(plan.row_block);

@@ -10,13 +10,13 @@ namespace {
 // Keys and values.
 
 // One panel of keys, `width` columns from `column`: `count` of them are keys, the rest padding.
-template <typename S>
-void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, const int32_t* index,
+template <typename S, typename O>
+void pack_key_panel(const ForwardPlan<O>& plan, int64_t b, int64_t h, const int32_t* index,
                     int64_t count, int64_t width, bool ordinary, bool rotated,
-                    const RowScratch<Operand<S>>& scratch, Operand<S>* to,
-                    Reach<Operand<S>>& reach) {
-  using T = Compute<S>;
-  using Ops = OperandTraits<Operand<S>>;
+                    const RowScratch<O>& scratch, typename O::Score* to, typename O::T* steps,
+                    Reach<typename O::Score>& reach) {
+  using T = typename O::T;
+  using Q = typename O::Score;
   const AttentionParams& p = *plan.p;
   for (int64_t i = 0; i < width; ++i) {
     T* row = scratch.rows + i * plan.key_width;
@@ -27,32 +27,37 @@ void pack_key_panel(const ForwardPlan<Operand<S>>& plan, int64_t b, int64_t h, c
     } else {
       for (int64_t d = 0; d < plan.key_width; ++d) row[d] = T{0};
     }
-    Ops::round_row(row, plan.key_width);
+    if constexpr (O::kFixed) {
+      reach.add_square(fix_row(row, plan.key_width, reinterpret_cast<Q*>(row), steps[i]));
+    } else {
+      OperandTraits<Q>::round_row(row, plan.key_width);
+    }
   }
   transpose_panel(scratch.rows, plan.key_width, width, plan.depth, reinterpret_cast<T*>(to));
-  reach.add_panel(to, width, plan.depth);
+  if constexpr (!O::kFixed) reach.add_panel(to, width, plan.depth);
 }
 
 // Values of columns [first, last); padding columns become zero rows.
-template <typename S>
-void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, const Split& split,
-                 int64_t b, int64_t h, int64_t first, int64_t last,
-                 const RowScratch<Operand<S>>& scratch, Operand<S>* values) {
-  using T = Compute<S>;
-  using Ops = OperandTraits<Operand<S>>;
+template <typename S, typename O>
+void pack_values(const ForwardPlan<O>& plan, const Columns& columns, const Split& split, int64_t b,
+                 int64_t h, int64_t first, int64_t last, const RowScratch<O>& scratch,
+                 typename O::Value* values) {
+  using T = typename O::T;
+  using V = typename O::Value;
+  using Ops = OperandTraits<V>;
   constexpr int64_t kWide = 2 * kLanes<T>;
-  constexpr int64_t kRows = kTogether<Operand<S>>;
+  constexpr int64_t kRows = kTogether<V>;
   const AttentionParams& p = *plan.p;
   // Elements next to each other are operands where the storage type is what products multiply.
-  constexpr bool kSame = sizeof(S) * kRows == sizeof(Operand<S>);
+  constexpr bool kSame = sizeof(S) * kRows == sizeof(V);
   const bool are_operands = kSame && p.v.stride_d == 1 && p.value_dim % kLanes<T> == 0;
-  const Operand<S>* rows[kRows];
+  const V* rows[kRows];
   for (int64_t c = first; c < last; c += kRows) {
     for (int64_t r = 0; r < kRows; ++r) {
       T* row = scratch.rows + r * plan.value_width;
       const int64_t n = token_at(columns, split, c + r);
       if (n >= 0 && are_operands) {
-        rows[r] = reinterpret_cast<const Operand<S>*>(row_at<const S>(p.v, b, h, n));
+        rows[r] = reinterpret_cast<const V*>(row_at<const S>(p.v, b, h, n));
         continue;
       }
       if (n >= 0) {
@@ -64,7 +69,7 @@ void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, co
       rows[r] = Ops::round_row(row, plan.value_width);
     }
     for (int64_t d = 0; d < plan.value_width; d += kLanes<T>) {
-      Operand<S>* panel = values + (d / kWide * columns.total + c) / kRows * kWide;
+      V* panel = values + (d / kWide * columns.total + c) / kRows * kWide;
       Ops::store_vector(panel + d % kWide,
                         Ops::stacked(rows[0] + d / kRows, rows[kRows - 1] + d / kRows));
     }
@@ -72,25 +77,24 @@ void pack_values(const ForwardPlan<Operand<S>>& plan, const Columns& columns, co
 }
 
 // A few rows without a position score keys where they lie; for more of them raw panels are packed.
-template <typename U>
-bool few_apart(const ForwardPlan<U>& plan, int64_t b) {
+template <typename O>
+bool few_apart(const ForwardPlan<O>& plan, int64_t b) {
   return plan.queries.of(b).special * plan.group <= kFewApart;
 }
 
 // Panels that start in columns [first, last) of the head, and the values of these columns. Returns
 // how far these keys reach.
-template <typename S>
-Compute<S> pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Operand<S>>& head,
-                     int64_t unit, int64_t first, int64_t last,
-                     const RowScratch<Operand<S>>& scratch) {
-  using T = Compute<S>;
+template <typename S, typename O>
+Compute<S> pack_head(const ForwardPlan<O>& plan, const PackedHead<O>& head, int64_t unit,
+                     int64_t first, int64_t last, const RowScratch<O>& scratch) {
+  using T = typename O::T;
   const AttentionParams& p = *plan.p;
   const int64_t b = unit / p.key_heads;
   const int64_t h = unit % p.key_heads;
   const Split split = plan.keys.of(b);
   const Columns columns = close_columns_of<T>(split);
   const bool raw_too = head.raw != nullptr && !few_apart(plan, b);
-  Reach<Operand<S>> reach;
+  Reach<typename O::Score> reach;
   for (int64_t c = 0; c < min_of(last, columns.total);) {
     const Panel panel = panel_at<T>(columns, c);
     if (c >= first) {
@@ -101,10 +105,10 @@ Compute<S> pack_head(const ForwardPlan<Operand<S>>& plan, const PackedHead<Opera
       const int32_t* index = split.index + key;
       const int64_t at = panel.packed * plan.depth;
       pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, true, scratch,
-                        head.keys + at, reach);
+                        head.keys + at, head.steps + panel.packed, reach);
       if (raw_too && ordinary) {
         pack_key_panel<S>(plan, b, h, index, count, panel.width, ordinary, false, scratch,
-                          head.raw + at, reach);
+                          head.raw + at, head.raw_steps + panel.packed, reach);
       }
     }
     c += panel.columns;
@@ -125,20 +129,33 @@ struct RowBlock {
   bool ordinary;
 };
 
+// A row becomes operands, those of row r of the block in `to`. `row`: packed_in(to, a buffer).
+template <typename O>
+X_ROPE_CLS_INLINE void finish_row(const ForwardPlan<O>& plan, typename O::T* row, int64_t r,
+                                  typename O::Score* to, typename O::T* steps,
+                                  Reach<typename O::Score>& reach) {
+  if constexpr (O::kFixed) {
+    reach.add_square(fix_row(row, plan.key_width, to, steps[r]));
+  } else {
+    round_into(row, plan.key_width, to);
+    reach.add_row(to, plan.key_stride);
+  }
+}
+
 // The rows of a block; raw_too: of ordinary ones both ways. Returns how far they reach.
-template <typename S>
-Compute<S> pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& block, bool raw_too,
-                        const RowScratch<Operand<S>>& s) {
-  using T = Compute<S>;
-  using U = Operand<S>;
+template <typename S, typename O>
+Compute<S> pack_queries(const ForwardPlan<O>& plan, const RowBlock& block, bool raw_too,
+                        const RowScratch<O>& s) {
+  using T = typename O::T;
+  using Q = typename O::Score;
   const AttentionParams& p = *plan.p;
   const T scale = static_cast<T>(p.scale * kLog2E);
-  Reach<U> reach;
+  Reach<Q> reach;
   for (int64_t r = 0; r < block.rows; ++r) {
-    U* const query = s.query + r * plan.key_stride;
-    U* const query_raw = raw_too ? s.query_raw + r * plan.key_stride : nullptr;
-    T* const row = packed_in<U>(query, s.rows);
-    T* const raw = packed_in<U>(query_raw, s.rows + plan.key_width);
+    Q* const query = s.query + r * plan.key_stride;
+    Q* const query_raw = raw_too ? s.query_raw + r * plan.key_stride : nullptr;
+    T* const row = packed_in<Q>(query, s.rows);
+    T* const raw = packed_in<Q>(query_raw, s.rows + plan.key_width);
     const int64_t n = block.index[r];
     const bool turned = block.ordinary && turns(p, p.table_q, block.b, n);
     pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width,
@@ -149,24 +166,24 @@ Compute<S> pack_queries(const ForwardPlan<Operand<S>>& plan, const RowBlock& blo
         rotate_row(raw, row, table_row<T>(p.table_q, block.b, block.h, n, p.pairs, s.table),
                    p.pairs, p.interleaved, false);
       }
-      round_into(raw, plan.key_width, query_raw);
-      reach.add_row(query_raw, plan.key_stride);
+      finish_row(plan, raw, r, query_raw, s.raw_steps, reach);
     }
-    round_into(row, plan.key_width, query);
-    reach.add_row(query, plan.key_stride);
+    finish_row(plan, row, r, query, s.steps, reach);
   }
   return reach.value();
 }
 
-// A few rows without a position, packed in `apart`.
-template <typename S>
-void pack_apart(const ForwardPlan<Operand<S>>& plan, const RowBlock& block,
-                const RowScratch<Operand<S>>& s) {
-  using T = Compute<S>;
+// The rows of a block in `apart`, rotated if they have a position and this is wanted.
+template <typename S, typename O>
+void pack_apart(const ForwardPlan<O>& plan, const RowBlock& block, bool rotated,
+                const RowScratch<O>& s) {
+  using T = typename O::T;
   const AttentionParams& p = *plan.p;
   for (int64_t r = 0; r < block.rows; ++r) {
-    pack_row<S>(p, p.q, p.table_q, block.b, block.h, block.index[r], p.head_dim, plan.key_width,
-                false, static_cast<T>(p.scale * kLog2E), s.apart + r * plan.key_width, s.table);
+    const int64_t n = block.index[r];
+    pack_row<S>(p, p.q, p.table_q, block.b, block.h, n, p.head_dim, plan.key_width,
+                rotated && turns(p, p.table_q, block.b, n), static_cast<T>(p.scale * kLog2E),
+                s.apart + r * plan.key_width, s.table);
   }
 }
 

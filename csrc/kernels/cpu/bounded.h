@@ -50,6 +50,8 @@ class Reach {
       add(squares);
     }
   }
+  // One that is known.
+  __attribute__((always_inline)) void add_square(T square) { add(broadcast<T>(square)); }
   // The largest square. A row or key with NaN does not count: NaN is what becomes of all it meets.
   T value() const { return max_lanes<T>(largest_); }
 

@@ -36,7 +36,7 @@ namespace {
 struct Features {
   bool avx2 = false;         // with FMA and F16C
   bool avx512 = false;       // F, BW, DQ and VL
-  bool avx512_bf16 = false;  // the same and BF16
+  bool avx512_bf16 = false;  // the same, BF16 and VNNI, which all processors with BF16 have
 };
 
 #if defined(__x86_64__)
@@ -52,6 +52,7 @@ Features detect() {
   constexpr uint32_t kFma = 1u << 12, kOsXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
   constexpr uint32_t kAvx2Bit = 1u << 5;
   constexpr uint32_t kAvx512Bits = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F DQ BW VL
+  constexpr uint32_t kAvx512VnniBit = 1u << 11;
   constexpr uint32_t kAvx512Bf16Bit = 1u << 5;
   constexpr uint64_t kYmmState = 0x06;  // SSE and AVX registers
   constexpr uint64_t kZmmState = 0xe6;  // and masks, upper halves, upper sixteen
@@ -68,7 +69,9 @@ Features detect() {
   const uint32_t subleaves = eax;
   features.avx2 = has_all(ebx, kAvx2Bit);
   features.avx512 = features.avx2 && has_all(ebx, kAvx512Bits) && has_all(saved, kZmmState);
-  if (features.avx512 && subleaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
+  const bool vnni = has_all(ecx, kAvx512VnniBit);
+  if (features.avx512 && vnni && subleaves >= 1 &&
+      __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) {
     features.avx512_bf16 = has_all(eax, kAvx512Bf16Bit);
   }
   return features;

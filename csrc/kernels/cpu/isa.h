@@ -53,6 +53,9 @@ double fma_float32(int64_t iterations);
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations);
 #endif
+#ifdef __AVX512VNNI__
+double dot_int16(int64_t iterations);
+#endif
 void stream_copy(void* to, const void* from, int64_t bytes);
 uint64_t stream_read(const void* from, int64_t bytes);
 

@@ -47,6 +47,33 @@ __attribute__((always_inline)) inline void stream_store(VectorF* to, VectorF val
 #endif
 }
 
+#ifdef __AVX512BF16__
+// add(sum, left, right) adds products of 16 pairs to 16 sums. one: a pair of 1.
+template <typename Sums, typename F>
+__attribute__((always_inline)) inline double dot_pairs(int64_t iterations, int32_t one,
+                                                       const F& add) {
+  Sums sums[kChains];
+  __m512i left = _mm512_set1_epi32(one);
+  __m512i right = left;
+  hide(left);
+  hide(right);
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) {
+    sums[i] = Sums{};
+    hide(sums[i]);
+  }
+  for (int64_t iteration = 0; iteration < iterations; ++iteration) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) add(sums[i], left, right);
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) {
+    hide(sums[i]);
+  }
+  return 4.0 * 16 * kChains * static_cast<double>(iterations);
+}
+#endif
+
 }  // namespace
 
 double fma_float32(int64_t iterations) {
@@ -75,27 +102,17 @@ double fma_float32(int64_t iterations) {
 
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations) {
-  __m512 sums[kChains];
-  __m512i left = _mm512_set1_epi32(0x3f803f80);  // pairs of 1.0
-  __m512i right = left;
-  hide(left);
-  hide(right);
-#pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) {
-    sums[i] = _mm512_setzero_ps();
-    hide(sums[i]);
-  }
-  for (int64_t iteration = 0; iteration < iterations; ++iteration) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) {
-      sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)left, (__m512bh)right);
-    }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) {
-    hide(sums[i]);
-  }
-  return 4.0 * 16 * kChains * static_cast<double>(iterations);
+  return dot_pairs<__m512>(iterations, 0x3f803f80, [](__m512& sum, __m512i left, __m512i right) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
+  });
+}
+#endif
+
+#ifdef __AVX512VNNI__
+double dot_int16(int64_t iterations) {
+  return dot_pairs<__m512i>(iterations, 0x00010001, [](__m512i& sum, __m512i left, __m512i right) {
+    sum = _mm512_dpwssd_epi32(sum, left, right);
+  });
 }
 #endif
 

@@ -18,14 +18,15 @@ namespace {
 // An operand that is one element.
 template <typename T>
 struct OperandTraits {
-  using Sum = T;  // what products are summed in
+  using Sum = T;  // what sums of products are in the end
   using Vector = Vec<T>;
+  using Accumulator = Vec<T>;
   static constexpr int kTogether = 1;  // elements of an operand
 
   X_ROPE_CLS_INLINE Vector load_vector(const T* p) { return load<T>(p); }
   X_ROPE_CLS_INLINE void store_vector(T* p, Vector v) { store<T>(p, v); }
   X_ROPE_CLS_INLINE Vector broadcast_one(T operand) { return broadcast<T>(operand); }
-  X_ROPE_CLS_INLINE void add_products(Vec<T>& sum, Vector a, Vector b) { sum += a * b; }
+  X_ROPE_CLS_INLINE void add_products(Accumulator& sum, Vector a, Vector b) { sum += a * b; }
   // A vector of a stack of two rows; of `even` alone where an operand is one element.
   X_ROPE_CLS_INLINE Vector stacked(const T* even, const T* /*odd*/) { return load<T>(even); }
   // Sums become elements `column` and following of a row of operands.
@@ -52,6 +53,7 @@ template <>
 struct OperandTraits<BFloat16Pair> {
   using Sum = float;
   using Vector = __m512i;
+  using Accumulator = FloatVec;
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
   static constexpr int kTogether = 2;
 
@@ -107,6 +109,8 @@ template <typename Storage>
 using Operand = typename OperandType<Storage>::type;
 template <typename U>
 using Sum = typename OperandTraits<U>::Sum;
+template <typename U>
+using Accumulator = typename OperandTraits<U>::Accumulator;  // what they are summed in
 template <typename U>
 constexpr int kTogether = OperandTraits<U>::kTogether;
 

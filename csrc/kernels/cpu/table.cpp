@@ -31,6 +31,11 @@ const KernelTable kTable = {
 #else
             .dot_bfloat16 = nullptr,
 #endif
+#ifdef __AVX512VNNI__
+            .dot_int16 = dot_int16,
+#else
+            .dot_int16 = nullptr,
+#endif
             .copy = stream_copy,
             .read = stream_read,
         },

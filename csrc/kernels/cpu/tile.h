@@ -54,7 +54,7 @@ struct LeftRows {
 
 // acc[row][v] += sum over k < depth of A(row, k) * B(k, v); B's rows are `b_stride` apart.
 template <typename U, Left kLeft, int kRows, int kVectors>
-X_ROPE_CLS_INLINE void multiply_tile(Vec<Sum<U>> (&acc)[kRows][kVectors], const U* a,
+X_ROPE_CLS_INLINE void multiply_tile(Accumulator<U> (&acc)[kRows][kVectors], const U* a,
                                      int64_t a_stride, const U* b, int64_t b_stride,
                                      int64_t depth) {
   using Ops = OperandTraits<U>;
@@ -94,7 +94,7 @@ static __attribute__((noinline)) void tile(const U* a, int64_t a_stride, const U
                                            int64_t b_stride, int64_t depth, int64_t r, Sum<U>* c,
                                            int64_t c_stride, const E& finish) {
   using T = Sum<U>;
-  Vec<T> acc[kRows][kVectors] = {};
+  Accumulator<U> acc[kRows][kVectors] = {};
   multiply_tile<U, kLeft, kRows, kVectors>(acc, a + r * (kLeft == Left::kByRow ? a_stride : 1),
                                            a_stride, b, b_stride, depth);
   if constexpr (kAccumulate) {  // last: long sums are more accurate in parts

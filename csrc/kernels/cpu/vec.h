@@ -232,9 +232,12 @@ X_ROPE_CLS_INLINE Vec<T> exp2_moderate(Vec<T> x) {
   }
 #endif
   using C = Exp2Constants<T>;
+  using Int = typename VecTraits<T>::Int;
   const Vec<T> rounded = x + C::kMagic;
   const Vec<T> value = exp2_polynomial(x - (rounded - C::kMagic));
-  return value * power_of_two<T>(rounded);
+  // Its exponent grows by i, which sits in the low mantissa bits.
+  return reinterpret_cast<Vec<T>>(reinterpret_cast<Int>(value) +
+                                  (reinterpret_cast<Int>(rounded) << C::kShift));
 }
 
 template <typename T>
