@@ -173,14 +173,17 @@ void store_block(const ForwardPlan<O>& plan, const RowBlock& block, const RowScr
   using T = typename O::T;
   const AttentionParams& p = *plan.p;
   T* lse = static_cast<T*>(p.lse) + (block.b * p.heads + block.h) * p.queries;
+  T logs[kLanes<T>];
   for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t lane = r % kLanes<T>;
+    if (lane == 0) store<T>(logs, log_sums(load<T>(s.maximum + r), load<T>(s.sum + r)));
     const int64_t n = block.index[r];
     T* out = s.out + r * plan.value_width;
     const bool empty = s.sum[r] == T{0};
     const T inverse = empty ? T{0} : T{1} / s.sum[r];
     for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= inverse;
     store_row<S>(out, p.out.stride_d, p.value_dim, row_at<S>(p.out, block.b, block.h, n));
-    lse[n] = log_sum(s.maximum[r], s.sum[r]);
+    lse[n] = logs[lane];
   }
 }
 
@@ -207,9 +210,14 @@ void attend_block(const ForwardPlan<O>& plan, const PackedHead<O>& head, const R
   bool apart = !block.ordinary && few_apart(plan, block.b);
   bool bounded = false;
   if (!apart) {
-    const T rows = pack_queries<S>(plan, block, block.ordinary && columns.special > 0, s);
+    const bool raw_too = block.ordinary && columns.special > 0;
+    const T rows = pack_queries<S>(plan, block, raw_too, s);
     const T keys = reach_of_keys(plan, head);
     bounded = weights_in_registers(*plan.p) && is_bounded(rows, keys);
+    if constexpr (!O::kFixed) {
+      bounded = bounded || (weights_in_registers(*plan.p) &&
+                            is_bounded(reach_of_rows(plan, block, raw_too, s), keys));
+    }
     apart = O::kFixed && !(max_of(rows, keys) < kInfinity<T>);  // no integers stand for them
   }
   bool turned = false;

@@ -138,11 +138,11 @@ X_ROPE_CLS_INLINE void finish_row(const ForwardPlan<O>& plan, typename O::T* row
     reach.add_square(fix_row(row, plan.key_width, to, steps[r]));
   } else {
     round_into(row, plan.key_width, to);
-    reach.add_row(to, plan.key_stride);
+    reach.add_row_by_lanes(to, plan.key_stride);
   }
 }
 
-// The rows of a block; raw_too: of ordinary ones both ways. Returns how far they reach.
+// The rows of a block; raw_too: of ordinary ones both ways. Returns how far they reach, or more.
 template <typename S, typename O>
 Compute<S> pack_queries(const ForwardPlan<O>& plan, const RowBlock& block, bool raw_too,
                         const RowScratch<O>& s) {
@@ -169,6 +169,18 @@ Compute<S> pack_queries(const ForwardPlan<O>& plan, const RowBlock& block, bool 
       finish_row(plan, raw, r, query_raw, s.raw_steps, reach);
     }
     finish_row(plan, row, r, query, s.steps, reach);
+  }
+  return reach.value();
+}
+
+// How far packed rows reach.
+template <typename O>
+typename O::T reach_of_rows(const ForwardPlan<O>& plan, const RowBlock& block, bool raw_too,
+                            const RowScratch<O>& s) {
+  Reach<typename O::Score> reach;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    reach.add_row(s.query + r * plan.key_stride, plan.key_stride);
+    if (raw_too) reach.add_row(s.query_raw + r * plan.key_stride, plan.key_stride);
   }
   return reach.value();
 }

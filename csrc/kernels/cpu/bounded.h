@@ -24,20 +24,12 @@ class Reach {
  public:
   // `depth` operands: whole vectors, or half a one behind them where operands are pairs.
   __attribute__((always_inline)) void add_row(const U* row, int64_t depth) {
-    constexpr int kL = kLanes<T>;
-    Vec<T> squares{};
-    int64_t d = 0;
-    for (; d + kL <= depth; d += kL) {
-      const auto x = Ops::load_vector(row + d);
-      Ops::add_products(squares, x, x);
-    }
-    if (kTogether<U> > 1 && d < depth) {
-      U rest[kL] = {};
-      for (int i = 0; i < kL / kTogether<U>; ++i) rest[i] = row[d + i];
-      const auto x = Ops::load_vector(rest);
-      Ops::add_products(squares, x, x);
-    }
-    add(sum_everywhere<T>(squares));
+    add(sum_everywhere<T>(squares_of(row, depth)));
+  }
+  // The same in less time, after which value() may be too large: the rows' largest squares in each
+  // lane need not be those of one row.
+  __attribute__((always_inline)) void add_row_by_lanes(const U* row, int64_t depth) {
+    by_lanes_ = max_or_second<T>(squares_of(row, depth), by_lanes_);
   }
   // Keys as columns: key (d, column) at d * width + column.
   __attribute__((always_inline)) void add_panel(const U* panel, int64_t width, int64_t depth) {
@@ -53,13 +45,30 @@ class Reach {
   // One that is known.
   __attribute__((always_inline)) void add_square(T square) { add(broadcast<T>(square)); }
   // The largest square. A row or key with NaN does not count: NaN is what becomes of all it meets.
-  T value() const { return max_lanes<T>(largest_); }
+  T value() const { return max_of(max_lanes<T>(largest_), sum_lanes<T>(by_lanes_)); }
 
  private:
+  X_ROPE_CLS_INLINE Vec<T> squares_of(const U* row, int64_t depth) {
+    constexpr int kL = kLanes<T>;
+    Vec<T> squares{};
+    int64_t d = 0;
+    for (; d + kL <= depth; d += kL) {
+      const auto x = Ops::load_vector(row + d);
+      Ops::add_products(squares, x, x);
+    }
+    if (kTogether<U> > 1 && d < depth) {
+      U rest[kL] = {};
+      for (int i = 0; i < kL / kTogether<U>; ++i) rest[i] = row[d + i];
+      const auto x = Ops::load_vector(rest);
+      Ops::add_products(squares, x, x);
+    }
+    return squares;
+  }
   __attribute__((always_inline)) void add(Vec<T> squares) {
     largest_ = max_or_second<T>(squares, largest_);
   }
   Vec<T> largest_{};
+  Vec<T> by_lanes_{};
 };
 
 // Whether no score of rows and keys that reach so far exceeds the bound.

@@ -82,12 +82,36 @@ X_ROPE_CLS_INLINE void soften_row(T* row, int64_t columns, T& maximum, T& sum, T
   soften_row(row, columns, row_maximum(row, columns), maximum, sum, out, channels);
 }
 
-// The natural logarithm of sum * 2^maximum.
+// The natural logarithm of sum * 2^maximum, where that is finite; -infinity where sum is 0.
 template <typename T>
 X_ROPE_CLS_INLINE T log_sum(T maximum, T sum) {
   if (sum == T{0}) return -kInfinity<T>;
   return static_cast<T>((static_cast<double>(maximum) + __builtin_log2(static_cast<double>(sum))) *
                         kLn2);
+}
+
+// The same for each lane; sums are 0 or no smaller than 2^-100.
+X_ROPE_CLS_INLINE FloatVec log_sums(FloatVec maximum, FloatVec sum) {
+  // sum = 2^exponent * m, sqrt(1/2) <= m < sqrt(2); ln(m) = 2 artanh((m - 1) / (m + 1)).
+  constexpr int32_t kHalfRoot = 0x3f3504f3;
+  const Int32Vec from = reinterpret_cast<Int32Vec>(sum) - kHalfRoot;
+  const Int32Vec exponent = from >> 23;
+  const FloatVec m = reinterpret_cast<FloatVec>((from & 0x7fffff) + kHalfRoot);
+  const FloatVec s = (m - 1.0F) / (m + 1.0F);
+  const FloatVec z = s * s;
+  FloatVec y = z * (1.0F / 9) + 1.0F / 7;
+  y = y * z + 1.0F / 5;
+  y = y * z + 1.0F / 3;
+  const FloatVec log_m = 2.0F * s + 2.0F * s * z * y;
+  const FloatVec log =
+      (maximum + __builtin_convertvector(exponent, FloatVec)) * static_cast<float>(kLn2) + log_m;
+  const FloatVec usual = sum == sum ? log : sum;
+  return sum == 0.0F ? broadcast<float>(-kInfinity<float>) : usual;
+}
+X_ROPE_CLS_INLINE DoubleVec log_sums(DoubleVec maximum, DoubleVec sum) {
+  DoubleVec logs;
+  for (int i = 0; i < kLanes<double>; ++i) logs[i] = log_sum(maximum[i], sum[i]);
+  return logs;
 }
 
 }  // namespace

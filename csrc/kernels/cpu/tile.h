@@ -113,8 +113,8 @@ struct Nothing {
   void operator()() const {}
 };
 
-// One column panel (kVectors wide) of C, all rows: full tiles, then 6, 4, 2 and 1 rows. `beside` is
-// called once a full tile, `finish` with the sums of every tile.
+// One column panel (kVectors wide) of C, all rows: full tiles, perhaps 6 rows, and the rest at
+// once. `beside` is called once a full tile, `finish` with the sums of every tile.
 template <typename U, Left kLeft, bool kAccumulate, int kVectors, typename F = Nothing,
           typename E = Written>
 X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, int64_t a_stride,
@@ -131,9 +131,18 @@ X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, i
   if constexpr (kRows > 6) {
     if (r + 6 <= rows) r += rows_at_once(std::integral_constant<int, 6>{});
   }
-  if (r + 4 <= rows) r += rows_at_once(std::integral_constant<int, 4>{});
-  if (r + 2 <= rows) r += rows_at_once(std::integral_constant<int, 2>{});
-  if (r < rows) rows_at_once(std::integral_constant<int, 1>{});
+  switch (rows - r) {
+    case 5:
+      return void(rows_at_once(std::integral_constant<int, 5>{}));
+    case 4:
+      return void(rows_at_once(std::integral_constant<int, 4>{}));
+    case 3:
+      return void(rows_at_once(std::integral_constant<int, 3>{}));
+    case 2:
+      return void(rows_at_once(std::integral_constant<int, 2>{}));
+    case 1:
+      return void(rows_at_once(std::integral_constant<int, 1>{}));
+  }
 }
 
 // C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the
