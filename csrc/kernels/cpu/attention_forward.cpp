@@ -8,6 +8,7 @@
 // heads bounds the memory.
 #include "ahead.h"
 #include "attention_forward_rows.h"
+#include "half_vectors.h"
 #include "isa.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -16,21 +17,39 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // Attending.
 
-// Products of all rows with a panel of keys, given to `finish` in units of log2.
-template <typename O, typename F, typename E>
-X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Panel& panel,
-                                   bool ordinary_keys, const PackedHead<O>& head,
+// Keys of the class that column c belongs to, from there on.
+X_ROPE_CLS_INLINE int64_t keys_from(const Columns& columns, int64_t c) {
+  return (c < columns.special_start ? columns.ordinary : columns.special_start + columns.special) -
+         c;
+}
+
+// Products of all rows with the panel of keys at column c, given to `finish` in units of log2.
+// kPart: it may have fewer keys than columns.
+template <bool kPart, typename O, typename F, typename E>
+X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Columns& columns,
+                                   const Panel& panel, int64_t c, const PackedHead<O>& head,
                                    const RowBlock& block, const RowScratch<O>& s, typename O::T* to,
                                    F&& beside, const E& finish) {
   using Q = typename O::Score;
+  using Half = HalfOperand<Q>;
+  constexpr int kL = kLanes<typename O::T>;
   const int64_t d = plan.depth;
   // Special rows are packed raw already; ordinary ones meet special keys raw.
+  const bool ordinary_keys = c < columns.special_start;
   const bool raw_rows = block.ordinary && !ordinary_keys;
   const bool raw_keys = !block.ordinary && ordinary_keys;
   const Q* query = raw_rows ? s.query_raw : s.query;
   const Q* keys = (raw_keys ? head.raw : head.keys) + panel.packed * d;
   const auto multiply_all = [&](const auto& finish) __attribute__((always_inline)) {
-    if (panel.width == 2 * kLanes<typename O::T>) {
+    if constexpr (kPart && !__is_same(Half, void)) {
+      if (2 * keys_from(columns, c) <= kL) {
+        return multiply_panel<Half, Left::kByRow, false, 1>(
+            block.rows, d, reinterpret_cast<const Half*>(query), plan.key_stride,
+            reinterpret_cast<const Half*>(keys), panel.width, reinterpret_cast<Sum<Half>*>(to),
+            plan.score_stride, beside, Widened{finish});
+      }
+    }
+    if (panel.width == 2 * kL) {
       multiply_panel<Q, Left::kByRow, false, 2>(block.rows, d, query, plan.key_stride, keys,
                                                 panel.width, to, plan.score_stride, beside, finish);
     } else {
@@ -40,8 +59,8 @@ X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Panel& pane
   };
   if constexpr (O::kFixed) {
     const auto* rows = raw_rows ? s.raw_steps : s.steps;
-    const auto* columns = (raw_keys ? head.raw_steps : head.steps) + panel.packed;
-    multiply_all(Scaled<E>{rows, columns, finish});
+    const auto* steps = (raw_keys ? head.raw_steps : head.steps) + panel.packed;
+    multiply_all(Scaled<E>{rows, steps, finish});
   } else {
     multiply_all(finish);
   }
@@ -54,8 +73,8 @@ void score_block(const ForwardPlan<O>& plan, const Columns& columns, const Packe
                  F&& beside) {
   for (int64_t c = first; c < last;) {
     const Panel panel = panel_at<typename O::T>(columns, c);
-    score_panel(plan, panel, c < columns.special_start, head, block, s, s.scores + (c - first),
-                beside, Written{});
+    score_panel<true>(plan, columns, panel, c, head, block, s, s.scores + (c - first), beside,
+                      Written{});
     c += panel.columns;
   }
 }
@@ -69,18 +88,16 @@ void weigh_block(const ForwardPlan<O>& plan, const Columns& columns, const Packe
   using V = typename O::Value;
   for (int64_t c = first; c < last;) {
     const Panel panel = panel_at<T>(columns, c);
-    const bool ordinary_keys = c < columns.special_start;
-    const int64_t keys =
-        (ordinary_keys ? columns.ordinary : columns.special_start + columns.special) - c;
+    const int64_t keys = keys_from(columns, c);
     const auto weigh = [&](auto part, const T* keep) {
       constexpr bool kPart = decltype(part)::value;
       if constexpr (kManyRegisters) {
-        score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside,
-                    Weighted<V, kPart>{c - first, s.lane_sums, keep});
+        score_panel<kPart>(plan, columns, panel, c, head, block, s, s.scores, beside,
+                           Weighted<V, kPart>{c - first, s.lane_sums, keep});
       } else {
         int64_t weighed = 0;
         const WeightedLater<V, kPart> later{c - first, s.lane_sums, keep, &weighed};
-        score_panel(plan, panel, ordinary_keys, head, block, s, s.scores, beside, later);
+        score_panel<kPart>(plan, columns, panel, c, head, block, s, s.scores, beside, later);
         if (panel.width == kLanes<T>) {
           later.template weigh_up_to<1>(block.rows, s.scores, plan.score_stride);
         } else {
