@@ -245,10 +245,10 @@ X_ROPE_CLS_INLINE void pack_row(const AttentionParams& p, const Tensor4& x, cons
   load_row(row + turned * x.stride_d, x.stride_d, channels - turned, to + turned);
   if (rotated) {
     rotate_row(from, to, table_row<T>(t, b, h, n, p.pairs, table_buffer), p.pairs, p.interleaved,
-               false);
+               false, scale);
   }
   if (scale != T{1}) {
-    for (int64_t i = 0; i < channels; ++i) to[i] *= scale;
+    for (int64_t i = rotated ? 2 * p.pairs : 0; i < channels; ++i) to[i] *= scale;
   }
   for (int64_t i = channels; i < padded; ++i) to[i] = T{0};
 }

@@ -8,6 +8,7 @@
 // heads bounds the memory.
 #include "ahead.h"
 #include "attention_forward_rows.h"
+#include "convert_vec.h"
 #include "half_vectors.h"
 #include "isa.h"
 
@@ -190,16 +191,23 @@ void store_block(const ForwardPlan<O>& plan, const RowBlock& block, const RowScr
   using T = typename O::T;
   const AttentionParams& p = *plan.p;
   T* lse = static_cast<T*>(p.lse) + (block.b * p.heads + block.h) * p.queries;
-  T logs[kLanes<T>];
+  T logs[kLanes<T>], inverses[kLanes<T>];
   for (int64_t r = 0; r < block.rows; ++r) {
     const int64_t lane = r % kLanes<T>;
-    if (lane == 0) store<T>(logs, log_sums(load<T>(s.maximum + r), load<T>(s.sum + r)));
+    if (lane == 0) {
+      const Vec<T> sum = load<T>(s.sum + r);
+      store<T>(logs, log_sums(load<T>(s.maximum + r), sum));
+      store<T>(inverses, sum == T{0} ? Vec<T>{} : T{1} / sum);
+    }
     const int64_t n = block.index[r];
-    T* out = s.out + r * plan.value_width;
-    const bool empty = s.sum[r] == T{0};
-    const T inverse = empty ? T{0} : T{1} / s.sum[r];
-    for (int64_t d = 0; d < plan.value_width; ++d) out[d] *= inverse;
-    store_row<S>(out, p.out.stride_d, p.value_dim, row_at<S>(p.out, block.b, block.h, n));
+    T* const out = s.out + r * plan.value_width;
+    S* const to = row_at<S>(p.out, block.b, block.h, n);
+    if (p.out.stride_d == 1) {
+      store_scaled<S>(out, inverses[lane], p.value_dim, to);
+    } else {
+      for (int64_t d = 0; d < p.value_dim; ++d) out[d] *= inverses[lane];
+      store_row<S>(out, p.out.stride_d, p.value_dim, to);
+    }
     lse[n] = logs[lane];
   }
 }

@@ -77,5 +77,17 @@ X_ROPE_CLS_INLINE UInt16HalfVec vector_from_compute(FloatVec v, Float16 /*to*/) 
 #endif
 }
 
+// n elements, next to each other, of a row times a factor.
+template <typename S>
+X_ROPE_CLS_INLINE void store_scaled(const Compute<S>* from, Compute<S> factor, int64_t n, S* to) {
+  using T = Compute<S>;
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const auto v = vector_from_compute(load<T>(from + i) * factor, S{});
+    __builtin_memcpy(to + i, &v, sizeof(v));
+  }
+  for (; i < n; ++i) to[i] = from_compute<S>(from[i] * factor);
+}
+
 }  // namespace
 }  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA

@@ -54,16 +54,18 @@ struct TwiceFrom {
   static constexpr int at(int i) { return kOffset + i / 2; }
 };
 
-// Pairs (2i, 2i+1): row[2i] = c x0 - s x1, row[2i+1] = c x1 + s x0; sign -1 turns the other way.
+// Pairs (2i, 2i+1): row[2i] = c x0 - s x1, row[2i+1] = c x1 + s x0, times scale; sign -1 turns the
+// other way.
 template <typename T>
 X_ROPE_CLS_INLINE void rotate_interleaved(const T* from, T* to, TableRow<T> t, int64_t pairs,
-                                          T sign) {
+                                          T sign, T scale) {
+  sign *= scale;
   constexpr int kL = kLanes<T>;
   Vec<T> alternate;
   for (int i = 0; i < kL; ++i) alternate[i] = (i & 1) ? sign : -sign;
   int64_t i = 0;
   for (; i + kL <= pairs; i += kL) {
-    const Vec<T> c = load<T>(t.cos + i);
+    const Vec<T> c = load<T>(t.cos + i) * scale;
     const Vec<T> s = load<T>(t.sin + i);
     const Vec<T> x0 = load<T>(from + 2 * i);
     const Vec<T> x1 = load<T>(from + 2 * i + kL);
@@ -79,17 +81,21 @@ X_ROPE_CLS_INLINE void rotate_interleaved(const T* from, T* to, TableRow<T> t, i
   for (; i < pairs; ++i) {
     const T x0 = from[2 * i];
     const T x1 = from[2 * i + 1];
-    to[2 * i] = x0 * t.cos[i] - x1 * t.sin[i] * sign;
-    to[2 * i + 1] = x1 * t.cos[i] + x0 * t.sin[i] * sign;
+    const T c = t.cos[i] * scale;
+    const T s = t.sin[i] * sign;
+    to[2 * i] = x0 * c - x1 * s;
+    to[2 * i + 1] = x1 * c + x0 * s;
   }
 }
 
 // Pairs (i, i + pairs).
 template <typename T>
-X_ROPE_CLS_INLINE void rotate_halves(const T* from, T* to, TableRow<T> t, int64_t pairs, T sign) {
+X_ROPE_CLS_INLINE void rotate_halves(const T* from, T* to, TableRow<T> t, int64_t pairs, T sign,
+                                     T scale) {
+  sign *= scale;
   int64_t i = 0;
   for (; i + kLanes<T> <= pairs; i += kLanes<T>) {
-    const Vec<T> c = load<T>(t.cos + i);
+    const Vec<T> c = load<T>(t.cos + i) * scale;
     const Vec<T> s = load<T>(t.sin + i) * sign;
     const Vec<T> x0 = load<T>(from + i);
     const Vec<T> x1 = load<T>(from + pairs + i);
@@ -99,20 +105,22 @@ X_ROPE_CLS_INLINE void rotate_halves(const T* from, T* to, TableRow<T> t, int64_
   for (; i < pairs; ++i) {
     const T x0 = from[i];
     const T x1 = from[pairs + i];
-    to[i] = x0 * t.cos[i] - x1 * t.sin[i] * sign;
-    to[pairs + i] = x1 * t.cos[i] + x0 * t.sin[i] * sign;
+    const T c = t.cos[i] * scale;
+    const T s = t.sin[i] * sign;
+    to[i] = x0 * c - x1 * s;
+    to[pairs + i] = x1 * c + x0 * s;
   }
 }
 
-// to[0 .. 2 * pairs) = R from, or R's transpose times from where `inverse`. In place is fine.
+// to[0 .. 2 * pairs) = scale R from, or with R's transpose where `inverse`. In place is fine.
 template <typename T>
 X_ROPE_CLS_INLINE void rotate_row(const T* from, T* to, TableRow<T> t, int64_t pairs,
-                                  bool interleaved, bool inverse) {
+                                  bool interleaved, bool inverse, T scale = T{1}) {
   const T sign = inverse ? T{-1} : T{1};
   if (interleaved) {
-    rotate_interleaved(from, to, t, pairs, sign);
+    rotate_interleaved(from, to, t, pairs, sign, scale);
   } else {
-    rotate_halves(from, to, t, pairs, sign);
+    rotate_halves(from, to, t, pairs, sign, scale);
   }
 }
 
