@@ -10,6 +10,7 @@
 #include "attention_backward_rows.h"
 
 #include "ahead.h"
+#include "half_vectors.h"
 #include "isa.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -22,6 +23,7 @@ namespace {
 template <typename U>
 struct Stretch {
   int64_t at, columns;  // first column from the block's start, number of columns
+  int64_t held;         // of these, with a key; the others follow
   const U* q;           // rows as these pairs see them
   const U* q_stack;
   const U* keys;         // stacked
@@ -35,11 +37,14 @@ Stretch<U> make_stretch(const BackwardPlan<U>& plan, const Keys& keys, const Row
                         const HeadMemory<U>& head, const WorkerMemory<U>& w, bool ordinary_keys) {
   const int64_t first = ordinary_keys ? keys.first : max_of(keys.first, keys.columns.special_start);
   const int64_t last = ordinary_keys ? min_of(keys.last, keys.columns.special_start) : keys.last;
+  const int64_t end =
+      ordinary_keys ? keys.columns.ordinary : keys.columns.special_start + keys.columns.special;
   const int64_t at = first - keys.first;
   const bool raw_rows = rows.ordinary && !ordinary_keys;
   const bool raw_keys = !rows.ordinary && ordinary_keys;
   return {at,
           last - first,
+          min_of(last, end) - first,
           (raw_rows ? head.q_raw : head.q) + rows.first * plan.key_stride,
           (raw_rows ? head.q_raw_stack : head.q_stack) + stack_start(plan, rows) * plan.key_width,
           (raw_keys ? w.keys_raw : w.keys) + at / kTogether<U> * plan.key_width,
@@ -48,13 +53,33 @@ Stretch<U> make_stretch(const BackwardPlan<U>& plan, const Keys& keys, const Row
           (raw_rows ? head.dq_raw : head.dq) + rows.first * plan.key_width};
 }
 
+// Calls f with the flag as a constant.
+template <typename F>
+X_ROPE_CLS_INLINE void with_flag(bool flag, F&& f) {
+  if (flag) {
+    f(std::true_type{});
+  } else {
+    f(std::false_type{});
+  }
+}
+
 // C = A B for the panels of a stretch; B's panels are [panel][depth][column].
 template <typename U, typename F>
-X_ROPE_CLS_INLINE void multiply_panels(int64_t rows, int64_t columns, int64_t depth, const U* a,
+X_ROPE_CLS_INLINE void multiply_panels(int64_t rows, const Stretch<U>& s, int64_t depth, const U* a,
                                        int64_t a_stride, const U* panels, Sum<U>* c,
                                        int64_t c_stride, F&& beside) {
-  for (int64_t j = 0; j < columns;) {
-    const int64_t width = min_of<int64_t>(2 * kLanes<Sum<U>>, columns - j);
+  using Half = HalfOperand<U>;
+  for (int64_t j = 0; j < s.columns;) {
+    const int64_t width = min_of<int64_t>(2 * kLanes<Sum<U>>, s.columns - j);
+    if constexpr (!__is_same(Half, void)) {
+      if (2 * (s.held - j) <= kLanes<Sum<U>>) {
+        const auto* half = reinterpret_cast<const Half*>(a);
+        multiply_panel<Half, Left::kByRow, false, 1>(
+            rows, depth, half, a_stride, reinterpret_cast<const Half*>(panels + j * depth), width,
+            reinterpret_cast<Sum<Half>*>(c + j), c_stride, beside, Widened{Written{}});
+        return;
+      }
+    }
     if (width == 2 * kLanes<Sum<U>>) {
       multiply_panel<U, Left::kByRow, false, 2>(rows, depth, a, a_stride, panels + j * depth, width,
                                                 c + j, c_stride, beside);
@@ -145,7 +170,8 @@ void differentiate_block(const BackwardPlan<U>& plan, const Member& member, cons
 // by `turn`, the number of key blocks already added to these rows.
 template <typename U, typename F>
 void meet(const BackwardPlan<U>& plan, const Member& member, const Keys& keys, const Rows& rows,
-          const HeadMemory<U>& head, const WorkerMemory<U>& w, Counter& turn, F&& beside) {
+          const HeadMemory<U>& head, const WorkerMemory<U>& w, Counter& turn, bool first,
+          F&& beside) {
   constexpr int64_t kWide = 2 * kLanes<Sum<U>>;
   const int64_t stacked = ceil_div(rows.count, kTogether<U>);
   Stretch<U> stretches[2];
@@ -156,31 +182,34 @@ void meet(const BackwardPlan<U>& plan, const Member& member, const Keys& keys, c
   }
   for (int i = 0; i < count; ++i) {
     const Stretch<U>& s = stretches[i];
-    multiply_panels(rows.count, s.columns, plan.key_depth, s.q, plan.key_stride, s.keys_across,
+    multiply_panels(rows.count, s, plan.key_depth, s.q, plan.key_stride, s.keys_across,
                     w.scores + s.at, plan.score_stride, beside);
-    multiply_panels(rows.count, s.columns, plan.value_depth,
-                    head.grad_out + rows.first * plan.value_stride, plan.value_stride,
-                    w.values_across + s.at * plan.value_depth, w.grads + s.at, plan.score_stride,
-                    beside);
+    multiply_panels(rows.count, s, plan.value_depth, head.grad_out + rows.first * plan.value_stride,
+                    plan.value_stride, w.values_across + s.at * plan.value_depth, w.grads + s.at,
+                    plan.score_stride, beside);
   }
   differentiate_block(plan, member, keys, rows, head, w);
-  multiply<U, Left::kByColumn, true>(
-      keys.last - keys.first, plan.value_width, stacked, w.scores_stack, plan.score_stride,
-      head.grad_out_stack + stack_start(plan, rows) * plan.value_width, plan.value_width, kWide,
-      w.dv, plan.value_width, beside);
+  const U* const grad_out = head.grad_out_stack + stack_start(plan, rows) * plan.value_width;
   for (int i = 0; i < count; ++i) {
     const Stretch<U>& s = stretches[i];
-    multiply<U, Left::kByColumn, true>(s.columns, plan.key_width, stacked, w.grads_stack + s.at,
-                                       plan.score_stride, s.q_stack, plan.key_width, kWide, s.dk,
-                                       plan.key_width, beside);
+    with_flag(!first, [&](auto accumulate) {
+      multiply<U, Left::kByColumn, decltype(accumulate)::value>(
+          s.held, plan.value_width, stacked, w.scores_stack + s.at, plan.score_stride, grad_out,
+          plan.value_width, kWide, w.dv + s.at * plan.value_width, plan.value_width, beside);
+      multiply<U, Left::kByColumn, decltype(accumulate)::value>(
+          s.held, plan.key_width, stacked, w.grads_stack + s.at, plan.score_stride, s.q_stack,
+          plan.key_width, kWide, s.dk, plan.key_width, beside);
+    });
   }
   wait_until(turn, keys.block);
   for (int i = 0; i < count; ++i) {
     const Stretch<U>& s = stretches[i];
-    multiply<U, Left::kByRow, true>(rows.count, plan.key_width, s.columns / kTogether<U>,
-                                    reinterpret_cast<const U*>(w.grads) + s.at / kTogether<U>,
-                                    plan.score_stride, s.keys, plan.key_width, kWide, s.dq,
-                                    plan.key_width, beside);
+    with_flag(!writes_dq(head) || keys.block > 0, [&](auto accumulate) {
+      multiply<U, Left::kByRow, decltype(accumulate)::value>(
+          rows.count, plan.key_width, ceil_div(s.held, kTogether<U>),
+          reinterpret_cast<const U*>(w.grads) + s.at / kTogether<U>, plan.score_stride, s.keys,
+          plan.key_width, kWide, s.dq, plan.key_width, beside);
+    });
   }
 }
 
@@ -214,13 +243,15 @@ void key_task(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t block,
     const Keys keys = keys_of(plan, first.b, first.kv, block);
     if (keys.first == keys.last) continue;
     pack_keys<S>(plan, keys, w);
+    bool first_rows = writes_dk(plan, keys);
     for (int64_t j = i; j < i + plan.group; ++j) {
       const Member member = member_of(plan, unit, j);
       const HeadMemory<U>& head = slot.heads[j];
       for (int64_t r = 0; r < plan.row_blocks; ++r) {
         const Rows rows = rows_of(plan, member.b, r);
         if (rows.count == 0) continue;
-        meet(plan, member, keys, rows, head, w, head.turns[r], ahead);
+        meet(plan, member, keys, rows, head, w, head.turns[r], first_rows, ahead);
+        first_rows = false;
         if (keys.last == keys.columns.total) store_rows<S>(plan, member, rows, head, w);
         add(head.turns[r], 1);
       }

@@ -79,13 +79,25 @@ void stack_block(const BackwardPlan<U>& plan, const Rows& rows, const HeadMemory
   }
 }
 
-// Packs a block of rows of one query head and clears its gradient.
+// Whether the first block of keys writes all of dQ, which need not be cleared then.
+template <typename U>
+X_ROPE_CLS_INLINE bool writes_dq(const HeadMemory<U>& head) {
+  return head.dq_raw == nullptr;
+}
+// Whether the first block of rows writes all of dK and dV.
+template <typename U>
+X_ROPE_CLS_INLINE bool writes_dk(const BackwardPlan<U>& plan, const Keys& keys) {
+  return !keys.raw_too && plan.g->forward.queries > 0;
+}
+
+// Packs a block of rows of one query head and clears its gradient where that is added to.
 template <typename S>
 void pack_rows(const BackwardPlan<Operand<S>>& plan, const Member& member, const Rows& rows,
                const HeadMemory<Operand<S>>& head, const WorkerMemory<Operand<S>>& scratch) {
   using T = Compute<S>;
   const AttentionParams& p = plan.g->forward;
   const int64_t bh = member.b * p.heads + member.h;
+  const bool clear = !writes_dq(head) || columns_of<T>(plan.keys.of(member.b)).total == 0;
   for (int64_t r = rows.first; r < rows.first + rows.count; ++r) {
     const int64_t n = rows.split.index[r];
     const bool turned = rows.ordinary && turns(p, p.table_q, member.b, n);
@@ -95,7 +107,7 @@ void pack_rows(const BackwardPlan<Operand<S>>& plan, const Member& member, const
     }
     head.delta[r] = pack_grad<S>(plan, member, n, head.grad_out + r * plan.value_stride, scratch);
     head.shift[r] = weight_shift(static_cast<const T*>(p.lse)[bh * p.queries + n]);
-    for (int64_t d = 0; d < plan.key_width; ++d) {
+    for (int64_t d = 0; d < plan.key_width && clear; ++d) {
       head.dq[r * plan.key_width + d] = T{0};
       if (head.dq_raw != nullptr) head.dq_raw[r * plan.key_width + d] = T{0};
     }
@@ -111,19 +123,26 @@ void store_gradient(const AttentionParams& p, const RotaryTable& table, int64_t 
                     Compute<S> factor, const Tensor4& to, const Tensor4& rotated,
                     Compute<S>* table_buffer) {
   using T = Compute<S>;
-  for (int64_t d = 0; d < p.head_dim; ++d) main[d] *= factor;
+  S* const row = row_at<S>(to, b, h, n);
+  T* turned_back = main;  // where it goes before it is stored: to its place, if that can be
+  if constexpr (__is_same(S, T)) {
+    if (to.stride_d == 1) turned_back = row;
+  }
   if (rotated.data != nullptr) {
     T* row = row_at<T>(rotated, b, h, n);
-    for (int64_t d = 0; d < p.head_dim; ++d) row[d * rotated.stride_d] = turned ? main[d] : T{0};
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+      row[d * rotated.stride_d] = turned ? main[d] * factor : T{0};
+    }
   }
   if (turned) {
     const TableRow<T> t = table_row<T>(table, b, h, n, p.pairs, table_buffer);
-    rotate_row(main, main, t, p.pairs, p.interleaved, true);
+    rotate_row(main, turned_back, t, p.pairs, p.interleaved, true, factor);
   }
+  for (int64_t d = turned ? 2 * p.pairs : 0; d < p.head_dim; ++d) turned_back[d] = main[d] * factor;
   if (raw != nullptr) {
-    for (int64_t d = 0; d < p.head_dim; ++d) main[d] += raw[d] * factor;
+    for (int64_t d = 0; d < p.head_dim; ++d) turned_back[d] += raw[d] * factor;
   }
-  store_row<S>(main, to.stride_d, p.head_dim, row_at<S>(to, b, h, n));
+  if (turned_back == main) store_row<S>(main, to.stride_d, p.head_dim, row);
 }
 
 template <typename S>
@@ -176,7 +195,8 @@ void pack_panel(const BackwardPlan<Operand<S>>& plan, const Keys& keys, const Te
                   reinterpret_cast<T*>(across));
 }
 
-// Packs keys and values of the block, panel by panel, and clears their gradients.
+// Packs keys and values of the block, panel by panel, and clears their gradients where these are
+// added to.
 template <typename S>
 void pack_keys(const BackwardPlan<Operand<S>>& plan, const Keys& keys,
                const WorkerMemory<Operand<S>>& w) {
@@ -198,6 +218,7 @@ void pack_keys(const BackwardPlan<Operand<S>>& plan, const Keys& keys,
                   w.values_across + at * plan.value_depth, w);
     c += width;
   }
+  if (writes_dk(plan, keys)) return;
   const int64_t count = keys.last - keys.first;
   for (int64_t i = 0; i < count * plan.key_width; ++i) w.dk[i] = T{0};
   for (int64_t i = 0; keys.raw_too && i < count * plan.key_width; ++i) w.dk_raw[i] = T{0};

@@ -61,7 +61,7 @@ X_ROPE_CLS_INLINE Int32Vec widen(Int32Half v) {
 // Sums of half vectors are given to `finish` as whole ones, with 0 behind them.
 template <typename E>
 struct Widened {
-  const E& finish;
+  E finish;
 
   explicit Widened(const E& e) : finish(e) {}
 
