@@ -68,17 +68,11 @@ template <typename U, typename F>
 X_ROPE_CLS_INLINE void multiply_panels(int64_t rows, const Stretch<U>& s, int64_t depth, const U* a,
                                        int64_t a_stride, const U* panels, Sum<U>* c,
                                        int64_t c_stride, F&& beside) {
-  using Half = HalfOperand<U>;
   for (int64_t j = 0; j < s.columns;) {
     const int64_t width = min_of<int64_t>(2 * kLanes<Sum<U>>, s.columns - j);
-    if constexpr (!__is_same(Half, void)) {
-      if (2 * (s.held - j) <= kLanes<Sum<U>>) {
-        const auto* half = reinterpret_cast<const Half*>(a);
-        multiply_panel<Half, Left::kByRow, false, 1>(
-            rows, depth, half, a_stride, reinterpret_cast<const Half*>(panels + j * depth), width,
-            reinterpret_cast<Sum<Half>*>(c + j), c_stride, beside, Widened{Written{}});
-        return;
-      }
+    if (multiply_half_panel(s.held - j, rows, depth, a, a_stride, panels + j * depth, c + j,
+                            c_stride, beside, Written{})) {
+      return;
     }
     if (width == 2 * kLanes<Sum<U>>) {
       multiply_panel<U, Left::kByRow, false, 2>(rows, depth, a, a_stride, panels + j * depth, width,

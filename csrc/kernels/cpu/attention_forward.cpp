@@ -32,7 +32,6 @@ X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Columns& co
                                    const RowBlock& block, const RowScratch<O>& s, typename O::T* to,
                                    F&& beside, const E& finish) {
   using Q = typename O::Score;
-  using Half = HalfOperand<Q>;
   constexpr int kL = kLanes<typename O::T>;
   const int64_t d = plan.depth;
   // Special rows are packed raw already; ordinary ones meet special keys raw.
@@ -42,12 +41,10 @@ X_ROPE_CLS_INLINE void score_panel(const ForwardPlan<O>& plan, const Columns& co
   const Q* query = raw_rows ? s.query_raw : s.query;
   const Q* keys = (raw_keys ? head.raw : head.keys) + panel.packed * d;
   const auto multiply_all = [&](const auto& finish) __attribute__((always_inline)) {
-    if constexpr (kPart && !__is_same(Half, void)) {
-      if (2 * keys_from(columns, c) <= kL) {
-        return multiply_panel<Half, Left::kByRow, false, 1>(
-            block.rows, d, reinterpret_cast<const Half*>(query), plan.key_stride,
-            reinterpret_cast<const Half*>(keys), panel.width, reinterpret_cast<Sum<Half>*>(to),
-            plan.score_stride, beside, Widened{finish});
+    if constexpr (kPart) {
+      if (multiply_half_panel(keys_from(columns, c), block.rows, d, query, plan.key_stride, keys,
+                              to, plan.score_stride, beside, finish)) {
+        return;
       }
     }
     if (panel.width == 2 * kL) {

@@ -6,6 +6,7 @@
 
 #include "fixed_point.h"
 #include "operands.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -61,9 +62,7 @@ X_ROPE_CLS_INLINE Int32Vec widen(Int32Half v) {
 // Sums of half vectors are given to `finish` as whole ones, with 0 behind them.
 template <typename E>
 struct Widened {
-  E finish;
-
-  explicit Widened(const E& e) : finish(e) {}
+  const E& finish;
 
   template <int kRows, typename V>
   __attribute__((always_inline)) void operator()(const V (&acc)[kRows][1], int64_t r, HalfFloat* c,
@@ -122,8 +121,27 @@ struct HalfOperandType<Int16Pair> {
 #endif
 #endif
 
-template <typename U>
-using HalfOperand = typename HalfOperandType<U>::type;
+// Products of all rows with a panel one vector wide, of which `count` columns are wanted, as
+// multiply_panel's. False, and nothing is done, where half vectors are of no use.
+template <typename U, typename F, typename E>
+X_ROPE_CLS_INLINE bool multiply_half_panel(
+    [[maybe_unused]] int64_t count, [[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t depth,
+    [[maybe_unused]] const U* a, [[maybe_unused]] int64_t a_stride, [[maybe_unused]] const U* panel,
+    [[maybe_unused]] Sum<U>* c, [[maybe_unused]] int64_t c_stride, [[maybe_unused]] F&& beside,
+    [[maybe_unused]] const E& finish) {
+#if X_ROPE_CLS_LANES == 16 && defined(__AVX512F__)
+  using Half = typename HalfOperandType<U>::type;
+  if constexpr (!__is_same(Half, void)) {
+    if (2 * count > kLanes<Sum<U>>) return false;
+    multiply_panel<Half, Left::kByRow, false, 1>(rows, depth, reinterpret_cast<const Half*>(a),
+                                                 a_stride, reinterpret_cast<const Half*>(panel),
+                                                 kLanes<Sum<U>>, reinterpret_cast<HalfFloat*>(c),
+                                                 c_stride, beside, Widened<E>{finish});
+    return true;
+  }
+#endif
+  return false;
+}
 
 }  // namespace
 }  // namespace x_rope_cls::cpu::X_ROPE_CLS_ISA
