@@ -122,7 +122,8 @@ def rope_attention(
     - ``"mask"``: ``<R_i q_i, R_j k_j>`` where both have a position, else ``<q_i, k_j>``.
 
     Nothing of size queries * keys is stored. Under autocast q, k and v are cast, tables and bias are not. Gradients:
-    once, for q, k, v, a floating attn_mask and the tables.
+    once, for q, k, v, a floating attn_mask and the tables. In bfloat16 and float16 rotation and sums are in float32;
+    what is multiplied may be rounded, with errors no larger than those of rotated q and k rounded to their dtype.
 
     Args:
         q: (batch, heads, queries, head_dim), float32, float64, bfloat16 or float16, any strides.
