@@ -100,7 +100,8 @@ struct Scaled {
                                                  float* c, int64_t c_stride) const {
     FloatVec column[kVectors];
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) column[v] = load<float>(columns + v * kLanes<float>);
+    for (int v = 0; v < kVectors; ++v)
+      column[v] = load<float>(columns + int64_t{v} * kLanes<float>);
     FloatVec scores[kRows][kVectors];
     X_ROPE_CLS_UNROLL
     for (int i = 0; i < kRows; ++i) {

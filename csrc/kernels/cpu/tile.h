@@ -131,18 +131,12 @@ X_ROPE_CLS_INLINE void multiply_panel(int64_t rows, int64_t depth, const U* a, i
   if constexpr (kRows > 6) {
     if (r + 6 <= rows) r += rows_at_once(std::integral_constant<int, 6>{});
   }
-  switch (rows - r) {
-    case 5:
-      return void(rows_at_once(std::integral_constant<int, 5>{}));
-    case 4:
-      return void(rows_at_once(std::integral_constant<int, 4>{}));
-    case 3:
-      return void(rows_at_once(std::integral_constant<int, 3>{}));
-    case 2:
-      return void(rows_at_once(std::integral_constant<int, 2>{}));
-    case 1:
-      return void(rows_at_once(std::integral_constant<int, 1>{}));
-  }
+  const int64_t rest = rows - r;
+  if (rest == 5) rows_at_once(std::integral_constant<int, 5>{});
+  if (rest == 4) rows_at_once(std::integral_constant<int, 4>{});
+  if (rest == 3) rows_at_once(std::integral_constant<int, 3>{});
+  if (rest == 2) rows_at_once(std::integral_constant<int, 2>{});
+  if (rest == 1) rows_at_once(std::integral_constant<int, 1>{});
 }
 
 // C (rows x columns) = or += A (rows x depth) B (depth x columns); columns is a multiple of the
