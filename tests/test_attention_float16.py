@@ -87,6 +87,15 @@ def test_channels_much_larger_than_others(outlier, in_queries):
     check_forward(case, scores=outlier / 8)
 
 
+@pytest.mark.parametrize("outlier", [10.0, 100.0, 1000.0, 60000.0])
+def test_large_channels_that_queries_do_not_see(outlier):
+    """Not rotated, and 0 in all queries: scores are as if these channels were not there."""
+    case = normal_case(200, 64, "rotate")
+    case.k[..., 62:] = outlier
+    case.q[..., 62:] = 0.0
+    check_forward(case)
+
+
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("cls_rope", MODES)
 @pytest.mark.parametrize("special", [3, 60])

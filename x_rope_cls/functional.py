@@ -122,8 +122,9 @@ def rope_attention(
     - ``"mask"``: ``<R_i q_i, R_j k_j>`` where both have a position, else ``<q_i, k_j>``.
 
     Nothing of size queries * keys is stored. Under autocast q, k and v are cast, tables and bias are not. Gradients:
-    once, for q, k, v, a floating attn_mask and the tables. In bfloat16 and float16 rotation and sums are in float32;
-    what is multiplied may be rounded, with errors no larger than those of rotated q and k rounded to their dtype.
+    once, for q, k, v, a floating attn_mask and the tables. Rotation and sums of
+    bfloat16 and float16 are in float32; on some processors rotated q and k are rounded before they are multiplied, to
+    bfloat16, or in float16 to integers with errors in weights of the size of float16's own rounding at most.
 
     Args:
         q: (batch, heads, queries, head_dim), float32, float64, bfloat16 or float16, any strides.

@@ -121,7 +121,8 @@ void attend_block(const ForwardPlan<O>& plan, const PackedHead<O>& head, const R
       bounded = bounded || (weights_in_registers(*plan.p) &&
                             is_bounded(reach_of_rows(plan, block, raw_too, s), keys));
     }
-    apart = O::kFixed && !(max_of(rows, keys) < kInfinity<T>);  // no integers stand for them
+    // Errors of integers grow with the lengths of rows and keys, whatever their score.
+    apart = O::kFixed && !is_bounded(rows, keys);
   }
   bool turned = false;
   if (apart) pack_apart<S>(plan, block, turned, s);

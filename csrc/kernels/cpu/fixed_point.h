@@ -3,9 +3,10 @@
 //
 // A row is rounded relative to its length: to steps of length / kFixedLength, where steps of the
 // largest element stay in 16 bits. The error that this makes in a score is about 1e-5 of the
-// product of both lengths whatever the number of channels; that of rotated rows rounded to float16,
-// which is what a rotation outside of the operator leaves, is 2e-4 / sqrt(channels) of it (2.5e-5
-// for 64). Products of two rows stay below 2^31 by Cauchy and Schwarz, so their sums are exact.
+// product of both lengths, even where the score itself is small because large channels of one meet
+// none of the other. So it is done only where this product bounds scores (is_bounded): the error is
+// about 3e-4 there at most, and that of a weight less than half a unit of float16. Products of two
+// rows stay below 2^31 by Cauchy and Schwarz, so their sums are exact.
 #pragma once
 
 #include <cstdint>
