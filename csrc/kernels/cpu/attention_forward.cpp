@@ -104,25 +104,43 @@ typename O::T reach_of_keys(const ForwardPlan<O>& plan, const PackedHead<O>& hea
 
 template <typename S, typename O>
 void attend_block(const ForwardPlan<O>& plan, const PackedHead<O>& head, const RowBlock& block,
+                  Ahead<S>& ahead, const RowScratch<O>& s);
+
+// The same with keys and rows in floats, where integers were packed.
+template <typename S, typename O>
+void attend_in_floats(const PackedHead<O>& head, const RowBlock& block, Ahead<S>& ahead,
+                      InFloats<O>& floats) {
+  floats.head.values = head.values;
+  if (floats.unit != block.unit) {
+    floats.head.reach[0] = pack_keys<S>(floats.plan, floats.head, block.unit, 0,
+                                        floats.plan.most_columns, floats.scratch);
+    floats.unit = block.unit;
+  }
+  attend_block<S>(floats.plan, floats.head, block, ahead, floats.scratch);
+}
+
+template <typename S, typename O>
+void attend_block(const ForwardPlan<O>& plan, const PackedHead<O>& head, const RowBlock& block,
                   Ahead<S>& ahead, const RowScratch<O>& s) {
   using T = typename O::T;
   using V = typename O::Value;
   constexpr int64_t kWide = 2 * kLanes<T>;
   const Split split = plan.keys.of(block.b);
   const Columns columns = close_columns_of<T>(split);
-  bool apart = !block.ordinary && few_apart(plan, block.b);
+  const bool apart = !block.ordinary && few_apart(plan, block.b);
   bool bounded = false;
   if (!apart) {
     const bool raw_too = block.ordinary && columns.special > 0;
     const T rows = pack_queries<S>(plan, block, raw_too, s);
     const T keys = reach_of_keys(plan, head);
     bounded = weights_in_registers(*plan.p) && is_bounded(rows, keys);
-    if constexpr (!O::kFixed) {
+    if constexpr (O::kFixed) {
+      // Errors of integers grow with the lengths of rows and keys, whatever their score.
+      if (!is_bounded(rows, keys)) return attend_in_floats<S>(head, block, ahead, *s.floats);
+    } else {
       bounded = bounded || (weights_in_registers(*plan.p) &&
                             is_bounded(reach_of_rows(plan, block, raw_too, s), keys));
     }
-    // Errors of integers grow with the lengths of rows and keys, whatever their score.
-    apart = O::kFixed && !is_bounded(rows, keys);
   }
   bool turned = false;
   if (apart) pack_apart<S>(plan, block, turned, s);
@@ -284,9 +302,9 @@ void with_operands(const AttentionParams& p, F&& f) {
   with_storage_type(p.dtype, [&](auto type) {
     using S = decltype(type);
     using U = Operand<S>;
-#ifdef __AVX512VNNI__
-    // Where nothing is rotated, float16 would be exact elsewhere too.
-    if constexpr (__is_same(S, Float16)) {
+#ifdef X_ROPE_CLS_HAVE_INT16
+    // Where nothing is rotated, products of float16 would be exact elsewhere too.
+    if constexpr (__is_same(S, Float16) || (__is_same(S, BFloat16) && kTogether<U> == 1)) {
       if (p.has_rotary) return f(type, ForwardOperands<U, Int16Pair>{});
     }
 #endif

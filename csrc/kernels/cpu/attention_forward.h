@@ -59,6 +59,9 @@ struct PackedHead {
 };
 
 template <typename O>
+struct InFloats;
+
+template <typename O>
 struct RowScratch {
   using T = typename O::T;
   using Q = typename O::Score;
@@ -66,7 +69,7 @@ struct RowScratch {
   Q* query_raw;  // the same, unrotated
   T* steps;      // (rows), of query, where that is integers
   T* raw_steps;  // (rows), of query_raw
-  T* apart;      // (rows, key_width), rows that read keys where they lie
+  T* apart;      // (kFewApart, key_width), rows that read keys where they lie
   T* keys;       // (kApartKeys, key_width), keys that those read
   T* scores;     // (rows, score_stride)
   T* out;        // (rows, value_width)
@@ -76,6 +79,18 @@ struct RowScratch {
   T* rows;       // (2 vectors, widest row)
   T* table;      // (2 * pairs)
   T* factors;    // (key block), dropout
+  InFloats<O>* floats;  // where operands are integers
+};
+
+// What a worker scores in floats because lengths do not bound the scores: the keys of one head as
+// panels of its own, beside the head's values.
+template <typename O>
+struct InFloats {
+  using Floats = ForwardOperands<typename O::Value, typename O::Value>;
+  ForwardPlan<Floats> plan;
+  PackedHead<Floats> head;
+  RowScratch<Floats> scratch;
+  int64_t unit;  // the key head it holds; -1: none
 };
 
 template <typename O>
@@ -135,6 +150,38 @@ ForwardPlan<O> make_plan(const AttentionParams& p, int64_t most_workers, bool ke
   return plan;
 }
 
+template <typename O>
+InFloats<O>* take_floats(const ForwardPlan<O>& plan, const RowScratch<O>& s, Arena& arena) {
+  using T = typename O::T;
+  auto* const taken = arena.take<InFloats<O>>(1);
+  InFloats<O> floats{};
+  floats.plan = make_plan<typename InFloats<O>::Floats>(
+      *plan.p, plan.workers, plan.keys_in_place, plan.values_in_place);
+  floats.plan.queries = plan.queries;
+  floats.plan.keys = plan.keys;
+  floats.plan.whole = true;
+  const int64_t keys = plan.most_columns * floats.plan.depth;
+  floats.head.keys = arena.take<T>(keys);
+  floats.head.raw = plan.raw_keys ? arena.take<T>(keys) : nullptr;
+  floats.head.reach = arena.take<T>(1);
+  const int64_t rows = plan.row_block * floats.plan.key_stride;
+  floats.scratch.query = arena.take<T>(rows);
+  floats.scratch.query_raw = sets_apart(*plan.p) ? arena.take<T>(rows) : nullptr;
+  floats.scratch.apart = s.apart;
+  floats.scratch.keys = s.keys;
+  floats.scratch.scores = s.scores;
+  floats.scratch.out = s.out;
+  floats.scratch.maximum = s.maximum;
+  floats.scratch.sum = s.sum;
+  floats.scratch.lane_sums = s.lane_sums;
+  floats.scratch.rows = s.rows;
+  floats.scratch.table = s.table;
+  floats.scratch.factors = s.factors;
+  floats.unit = -1;
+  if (arena.base != nullptr) *taken = floats;
+  return taken;
+}
+
 template <typename S, typename O>
 ForwardMemory<O> take_memory(const AttentionParams& p, int64_t workers, Arena& arena) {
   using T = typename O::T;
@@ -173,9 +220,8 @@ ForwardMemory<O> take_memory(const AttentionParams& p, int64_t workers, Arena& a
       s.steps = arena.take<T>(plan.row_block);
       s.raw_steps = sets_apart(p) ? arena.take<T>(plan.row_block) : nullptr;
     }
-    const int64_t apart = O::kFixed ? plan.row_block : plan.raw_keys ? kFewApart : 0;
-    s.apart = arena.take<T>(apart * plan.key_width);
-    s.keys = arena.take<T>(apart == 0 ? 0 : kApartKeys * plan.key_width);
+    s.apart = arena.take<T>(plan.raw_keys ? kFewApart * plan.key_width : 0);
+    s.keys = arena.take<T>(plan.raw_keys ? kApartKeys * plan.key_width : 0);
     s.scores = arena.take<T>(plan.row_block * plan.score_stride);
     s.out = arena.take<T>(plan.row_block * plan.value_width);
     s.maximum = arena.take<T>(plan.row_block);
@@ -184,6 +230,7 @@ ForwardMemory<O> take_memory(const AttentionParams& p, int64_t workers, Arena& a
     s.rows = arena.take<T>(2 * kLanes<T> * widest_row);
     s.table = arena.take<T>(2 * p.pairs);
     s.factors = p.dropout_p > 0 ? arena.take<T>(plan.score_stride) : nullptr;
+    if constexpr (O::kFixed) s.floats = take_floats(plan, s, arena);
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;

@@ -82,10 +82,9 @@ bool few_apart(const ForwardPlan<O>& plan, int64_t b) {
   return plan.queries.of(b).special * plan.group <= kFewApart;
 }
 
-// Panels that start in columns [first, last) of the head, and the values of these columns. Returns
-// how far these keys reach.
+// Panels that start in columns [first, last) of the head. Returns how far these keys reach.
 template <typename S, typename O>
-Compute<S> pack_head(const ForwardPlan<O>& plan, const PackedHead<O>& head, int64_t unit,
+Compute<S> pack_keys(const ForwardPlan<O>& plan, const PackedHead<O>& head, int64_t unit,
                      int64_t first, int64_t last, const RowScratch<O>& scratch) {
   using T = typename O::T;
   const AttentionParams& p = *plan.p;
@@ -113,9 +112,21 @@ Compute<S> pack_head(const ForwardPlan<O>& plan, const PackedHead<O>& head, int6
     }
     c += panel.columns;
   }
-  pack_values<S>(plan, columns, split, b, h, first, min_of(last, columns.total), scratch,
-                 head.values);
   return reach.value();
+}
+
+// These panels and the values of these columns.
+template <typename S, typename O>
+Compute<S> pack_head(const ForwardPlan<O>& plan, const PackedHead<O>& head, int64_t unit,
+                     int64_t first, int64_t last, const RowScratch<O>& scratch) {
+  const AttentionParams& p = *plan.p;
+  const int64_t b = unit / p.key_heads;
+  const Split split = plan.keys.of(b);
+  const Columns columns = close_columns_of<typename O::T>(split);
+  const Compute<S> reach = pack_keys<S>(plan, head, unit, first, last, scratch);
+  pack_values<S>(plan, columns, split, b, unit % p.key_heads, first, min_of(last, columns.total),
+                 scratch, head.values);
+  return reach;
 }
 
 // -------------------------------------------------------------------------------------------------

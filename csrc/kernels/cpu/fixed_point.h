@@ -1,5 +1,5 @@
-// Queries and keys of float16 as integers of 16 bits, where the processor has dot products of them,
-// which are twice as many a cycle as those of floats.
+// Queries and keys of float16 or bfloat16 as integers of 16 bits, where the processor has products of
+// pairs of them, which are twice as many a cycle as those of floats.
 //
 // A row is rounded relative to its length: to steps of length / kFixedLength, where steps of the
 // largest element stay in 16 bits. The error that this makes in a score is about 1e-5 of the
@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "isa.h"
 #include "operands.h"
 #include "vec.h"
 
@@ -26,7 +27,7 @@ struct ForwardOperands {
   static constexpr bool kFixed = !__is_same(V, Q);
 };
 
-#ifdef __AVX512VNNI__
+#ifdef X_ROPE_CLS_HAVE_INT16
 struct Int16Pair {
   uint32_t bits;  // the first in the lower half
 };
@@ -34,9 +35,11 @@ struct Int16Pair {
 template <>
 struct OperandTraits<Int16Pair> {
   using Sum = float;  // once it is scaled
-  using Vector = __m512i;
   using Accumulator = Int32Vec;
   static constexpr int kTogether = 2;
+
+#ifdef __AVX512VNNI__
+  using Vector = __m512i;
 
   X_ROPE_CLS_INLINE Vector load_vector(const Int16Pair* p) { return _mm512_loadu_si512(p); }
   X_ROPE_CLS_INLINE Vector broadcast_one(Int16Pair operand) {
@@ -50,6 +53,26 @@ struct OperandTraits<Int16Pair> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
                         _mm512_maskz_cvtsepi32_epi16(0xffff, nearest));
   }
+#else
+  using Vector = __m256i;
+
+  X_ROPE_CLS_INLINE Vector load_vector(const Int16Pair* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  X_ROPE_CLS_INLINE Vector broadcast_one(Int16Pair operand) {
+    return _mm256_set1_epi32(static_cast<int32_t>(operand.bits));
+  }
+  // No element is -2^15, so that the sum of two products fits.
+  X_ROPE_CLS_INLINE void add_products(Accumulator& sum, Vector a, Vector b) {
+    sum += reinterpret_cast<Accumulator>(_mm256_madd_epi16(a, b));
+  }
+  X_ROPE_CLS_INLINE void store_rounded(int16_t* to, FloatVec v) {
+    const __m256i nearest = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi32(_mm256_castsi256_si128(nearest),
+                                     _mm256_extracti128_si256(nearest, 1)));
+  }
+#endif
 };
 #endif
 

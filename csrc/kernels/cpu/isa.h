@@ -14,6 +14,11 @@
 #error "X_ROPE_CLS_ISA and X_ROPE_CLS_LANES must be defined by the build"
 #endif
 
+// Whether there are products of pairs of 16-bit integers, twice as many a cycle as of floats.
+#if defined(__AVX512VNNI__) || (X_ROPE_CLS_LANES == 8 && defined(__AVX2__))
+#define X_ROPE_CLS_HAVE_INT16
+#endif
+
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 
 // rope.cpp
@@ -53,7 +58,7 @@ double fma_float32(int64_t iterations);
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations);
 #endif
-#ifdef __AVX512VNNI__
+#ifdef X_ROPE_CLS_HAVE_INT16
 double dot_int16(int64_t iterations);
 #endif
 void stream_copy(void* to, const void* from, int64_t bytes);

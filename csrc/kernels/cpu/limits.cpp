@@ -47,14 +47,16 @@ __attribute__((always_inline)) inline void stream_store(VectorF* to, VectorF val
 #endif
 }
 
-#ifdef __AVX512BF16__
-// add(sum, left, right) adds products of 16 pairs to 16 sums. one: a pair of 1.
+#ifdef X_ROPE_CLS_HAVE_INT16
+typedef int32_t VectorI __attribute__((vector_size(kLanes * sizeof(float))));
+
+// add(sum, left, right) adds products of pairs, one in a lane, to as many sums. one: a pair of 1.
 template <typename Sums, typename F>
 __attribute__((always_inline)) inline double dot_pairs(int64_t iterations, int32_t one,
                                                        const F& add) {
   Sums sums[kChains];
-  __m512i left = _mm512_set1_epi32(one);
-  __m512i right = left;
+  VectorI left = VectorI{} + one;
+  VectorI right = left;
   hide(left);
   hide(right);
 #pragma GCC unroll 32
@@ -64,13 +66,16 @@ __attribute__((always_inline)) inline double dot_pairs(int64_t iterations, int32
   }
   for (int64_t iteration = 0; iteration < iterations; ++iteration) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) add(sums[i], left, right);
+    for (int i = 0; i < kChains; ++i) {
+      hide(left);  // or all products would be one
+      add(sums[i], left, right);
+    }
   }
 #pragma GCC unroll 32
   for (int i = 0; i < kChains; ++i) {
     hide(sums[i]);
   }
-  return 4.0 * 16 * kChains * static_cast<double>(iterations);
+  return 4.0 * kLanes * kChains * static_cast<double>(iterations);
 }
 #endif
 
@@ -102,16 +107,20 @@ double fma_float32(int64_t iterations) {
 
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations) {
-  return dot_pairs<__m512>(iterations, 0x3f803f80, [](__m512& sum, __m512i left, __m512i right) {
+  return dot_pairs<__m512>(iterations, 0x3f803f80, [](__m512& sum, VectorI left, VectorI right) {
     sum = _mm512_dpbf16_ps(sum, (__m512bh)left, (__m512bh)right);
   });
 }
 #endif
 
-#ifdef __AVX512VNNI__
+#ifdef X_ROPE_CLS_HAVE_INT16
 double dot_int16(int64_t iterations) {
-  return dot_pairs<__m512i>(iterations, 0x00010001, [](__m512i& sum, __m512i left, __m512i right) {
-    sum = _mm512_dpwssd_epi32(sum, left, right);
+  return dot_pairs<VectorI>(iterations, 0x00010001, [](VectorI& sum, VectorI left, VectorI right) {
+#ifdef __AVX512VNNI__
+    sum = (VectorI)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)left, (__m512i)right);
+#else
+    sum += (VectorI)_mm256_madd_epi16((__m256i)left, (__m256i)right);
+#endif
   });
 }
 #endif

@@ -31,7 +31,7 @@ const KernelTable kTable = {
 #else
             .dot_bfloat16 = nullptr,
 #endif
-#ifdef __AVX512VNNI__
+#ifdef X_ROPE_CLS_HAVE_INT16
             .dot_int16 = dot_int16,
 #else
             .dot_int16 = nullptr,
