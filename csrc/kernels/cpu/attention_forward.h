@@ -66,19 +66,19 @@ struct RowScratch {
   using T = typename O::T;
   using Q = typename O::Score;
   Q* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
-  Q* query_raw;  // the same, unrotated
-  T* steps;      // (rows), of query, where that is integers
-  T* raw_steps;  // (rows), of query_raw
-  T* apart;      // (kFewApart, key_width), rows that read keys where they lie
-  T* keys;       // (kApartKeys, key_width), keys that those read
-  T* scores;     // (rows, score_stride)
-  T* out;        // (rows, value_width)
-  T* maximum;    // (rows), log2
-  T* sum;        // (rows)
-  T* lane_sums;  // (rows, lanes), where weights need no maximum
-  T* rows;       // (2 vectors, widest row)
-  T* table;      // (2 * pairs)
-  T* factors;    // (key block), dropout
+  Q* query_raw;         // the same, unrotated
+  T* steps;             // (rows), of query, where that is integers
+  T* raw_steps;         // (rows), of query_raw
+  T* apart;             // (kFewApart, key_width), rows that read keys where they lie
+  T* keys;              // (kApartKeys, key_width), keys that those read
+  T* scores;            // (rows, score_stride)
+  T* out;               // (rows, value_width)
+  T* maximum;           // (rows), log2
+  T* sum;               // (rows)
+  T* lane_sums;         // (rows, lanes), where weights need no maximum
+  T* rows;              // (2 vectors, widest row)
+  T* table;             // (2 * pairs)
+  T* factors;           // (key block), dropout
   InFloats<O>* floats;  // where operands are integers
 };
 
@@ -155,8 +155,8 @@ InFloats<O>* take_floats(const ForwardPlan<O>& plan, const RowScratch<O>& s, Are
   using T = typename O::T;
   auto* const taken = arena.take<InFloats<O>>(1);
   InFloats<O> floats{};
-  floats.plan = make_plan<typename InFloats<O>::Floats>(
-      *plan.p, plan.workers, plan.keys_in_place, plan.values_in_place);
+  floats.plan = make_plan<typename InFloats<O>::Floats>(*plan.p, plan.workers, plan.keys_in_place,
+                                                        plan.values_in_place);
   floats.plan.queries = plan.queries;
   floats.plan.keys = plan.keys;
   floats.plan.whole = true;

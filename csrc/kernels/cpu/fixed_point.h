@@ -1,5 +1,5 @@
-// Queries and keys of float16 or bfloat16 as integers of 16 bits, where the processor has products of
-// pairs of them, which are twice as many a cycle as those of floats.
+// Queries and keys of float16 or bfloat16 as integers of 16 bits, where the processor has products
+// of pairs of them, which are twice as many a cycle as those of floats.
 //
 // A row is rounded relative to its length: to steps of length / kFixedLength, where steps of the
 // largest element stay in 16 bits. The error that this makes in a score is about 1e-5 of the
@@ -68,9 +68,9 @@ struct OperandTraits<Int16Pair> {
   }
   X_ROPE_CLS_INLINE void store_rounded(int16_t* to, FloatVec v) {
     const __m256i nearest = _mm256_cvtps_epi32(v);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                     _mm_packs_epi32(_mm256_castsi256_si128(nearest),
-                                     _mm256_extracti128_si256(nearest, 1)));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(to),
+        _mm_packs_epi32(_mm256_castsi256_si128(nearest), _mm256_extracti128_si256(nearest, 1)));
   }
 #endif
 };
