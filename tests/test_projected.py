@@ -164,13 +164,20 @@ def test_gradient_of_the_logsumexp_alone():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("B", "M", "heads", "shared"), [(1, 1, (1, 1), True), (3, 2, (2, 2), True), (2, 5, (3, 1), False)]
+    ("B", "M", "heads", "queries"),
+    [
+        (1, 1, (1, 1), (1, 1)),
+        (3, 2, (2, 2), (1, 2)),
+        (3, 2, (2, 2), (2,)),
+        (1, 1, (2, 1), (1,)),
+        (2, 5, (3, 1), (2, 5)),
+    ],
 )
-def test_whole_layer(dtype, B, M, heads, shared):
+def test_whole_layer(dtype, B, M, heads, queries):
     """W_q and W_out come along; nothing else calls the operator, or steps would be compared with themselves."""
     g, (key_heads, group) = Generator(5), heads
     H, D, Dv = key_heads * group, 8, 12
-    x, queries = g.normal(B, 21, 40, dtype=dtype), g.normal(1 if shared else B, M, 33, dtype=dtype)
+    x, queries = g.normal(B, 21, 40, dtype=dtype), g.normal(*queries, 33, dtype=dtype)
     shapes = ((key_heads * D, 40), (key_heads * Dv, 40), (H * D, 33), (25, H * Dv))
     tensors = (x, queries, *(g.normal(*shape, dtype=dtype) * shape[1] ** -0.5 for shape in shapes))
     grad = g.normal(B, M, 25, dtype=dtype)
@@ -186,7 +193,7 @@ def test_whole_layer(dtype, B, M, heads, shared):
         return pool_layer(x, queries, weights, heads=H, key_mask=key_mask, head_order="cyclic").out
 
     def steps(x: Tensor, queries: Tensor, weights: Weights) -> Tensor:
-        q = (queries @ weights.q.mT).unflatten(-1, (H, D)).expand(B, -1, -1, -1)
+        q = (queries @ weights.q.mT).unflatten(-1, (H, D)).expand(B, M, H, D)
         out = plain(PoolCase(x, q, weights.k, weights.v, key_mask=key_mask, head_order="cyclic")).out
         return out.flatten(2) @ weights.out.mT
 
@@ -253,7 +260,10 @@ def test_fake_tensors():
         ({"q": (3, 1, 2, 16)}, "q must be"),
         ({"k_weight": (33, 64)}, "rows of the weights must fit"),
         ({"q_weight": (32, 15)}, "q must be"),
-        ({"q_weight": (32, 15), "q": (2, 1, 1, 16)}, "q_weight must be"),
+        ({"q_weight": (32, 16), "q": (2, 1, 1, 16)}, "q must be"),
+        ({"q_weight": (32, 16), "q": (3, 1, 16)}, "q must be"),
+        ({"q_weight": (32, 15), "q": (2, 1, 16)}, "q_weight must be"),
+        ({"q_weight": (32, 15), "q": (1, 16)}, "q_weight must be"),
         ({"out_weight": (5, 33)}, "out_weight must be"),
         ({"v_weight": (33, 64)}, "rows of the weights must fit"),
         ({"k_weight": (32, 63)}, "weights must be"),
@@ -265,3 +275,23 @@ def test_shapes_that_do_not_fit_are_refused(change, message):
     tensors.update({name: torch.zeros(shape) for name, shape in change.items()})
     with pytest.raises(RuntimeError, match=message):
         torch.ops.x_rope_cls._pool_projected(*tensors.values(), None, None, None, 2, False, 1.0, 0, 1e-5)
+
+
+def test_gradients_are_not_differentiable_again():
+    leaves = make(torch.float64).leaves()
+    (dx,) = torch.autograd.grad(in_one_call(leaves).out.square().sum(), leaves.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
+
+
+def test_tensors_that_a_transform_left_behind():
+    """They are wrapped still, but the transform is over."""
+    case = make(torch.float32)
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(case.x)
+    leaves = case.leaves()
+    found = in_one_call(replace(leaves, x=left[0]))
+    expected = in_one_call(leaves)
+    assert torch.equal(found.out, expected.out)
+    (a,), (b,) = (torch.autograd.grad(pooled.out.sum(), leaves.k_weight) for pooled in (found, expected))
+    assert torch.equal(a, b)

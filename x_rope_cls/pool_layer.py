@@ -25,7 +25,7 @@ def pool_layer(
 
     Args:
         x: (batch, tokens, channels).
-        queries: (batch or 1, queries, dim).
+        queries: (batch or 1, queries, dim), or (queries, dim): the same for the whole batch.
         weights: of all four projections.
         heads: query heads.
         key_mask: bool (batch, tokens), True: attend.
@@ -41,10 +41,11 @@ def pool_layer(
     assert weights.out is not None
     key_dim = weights.q.shape[0] // heads
     key_heads = weights.k.shape[0] // key_dim
-    rows = x.shape[0] * queries.shape[1] * (heads // key_heads)
+    count = queries.shape[-2]
+    rows = x.shape[0] * count * (heads // key_heads)
     if not need_weights and dropout_p == 0 and projected.serves(x, queries, weights, rows):
         reasons = ordinary_reasons(
-            queries=queries.shape[1],
+            queries=count,
             heads=heads,
             key_heads=key_heads,
             key_dim=key_dim,
@@ -54,11 +55,12 @@ def pool_layer(
         if not reasons:
             scale = key_dim**-0.5 if scale is None else scale
             cyclic = head_order == "cyclic"
-            out, _ = projected.pool_projected(x, queries.unsqueeze(2), weights, heads, cyclic, key_mask, None, scale)
-            return Pooled(out.squeeze(2), None, None)
+            out, _ = projected.pool_projected(x, queries, weights, heads, cyclic, key_mask, None, scale)
+            return Pooled(out, None, None)
+    q = F.linear(queries if queries.dim() == 3 else queries[None], weights.q)
     pooled = pool_attention(
         x,
-        F.linear(queries, weights.q).unflatten(-1, (heads, -1)),
+        q.unflatten(-1, (heads, -1)),
         weights.k,
         weights.v,
         key_mask=key_mask,

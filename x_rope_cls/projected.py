@@ -81,7 +81,8 @@ def pool_projected(
 
     Args:
         x: (batch, tokens, channels).
-        q: (batch or 1, queries, heads, key_dim); with weights.q (batch or 1, queries, 1, dim).
+        q: (batch or 1, queries, heads, key_dim); with weights.q (batch or 1, queries, dim), or (queries, dim): the
+            same for the whole batch.
         weights: of the projections.
         heads: query heads.
         cyclic: query head h reads key head ``h % key_heads``; else ``h // (heads / key_heads)``.
@@ -90,7 +91,7 @@ def pool_projected(
         scale: factor of the scores.
 
     Returns:
-        (batch, queries, heads, value_dim), with weights.out (batch, queries, 1, out_dim), and lse (batch, heads,
+        (batch, queries, heads, value_dim), with weights.out (batch, queries, out_dim), and lse (batch, heads,
         queries).
     """
     norm_weight = norm_bias = None
@@ -101,7 +102,7 @@ def pool_projected(
         kind, eps = functional.POOL_NORM[norm.kind], norm.eps
     arguments = (x, q, *weights, key_mask, norm_weight, norm_bias, heads, cyclic, scale, kind, eps)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-        out, lse = _PoolProjected.apply(*arguments)
+        out, lse = _apply(*arguments)
     else:
         out, _, _, _, lse, _ = _forward(*arguments)
     return out, lse
@@ -118,15 +119,36 @@ class _PoolProjected(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        if grad is None:
-            grad = saved[5].new_zeros(ctx.shape)
-        gradients = _backward(grad, grad_lse, *saved, *ctx.options, needs[0], any(needs[2:6]))
-        wanted = (*needs[:6], *needs[7:9])
-        dx, dq, dk, dv, dq_weight, dout, dweight, dbias = (
-            gradient if needed else None for gradient, needed in zip(gradients, wanted, strict=True)
-        )
-        return dx, dq, dk, dv, dq_weight, dout, None, dweight, dbias, *(None,) * 5
+        if torch.is_grad_enabled():  # create_graph: who differentiates these gradients gets an error
+            return _gradients_once(ctx, grad, grad_lse)
+        return _gradients(ctx, grad, grad_lse)
+
+
+# Without what torch.autograd.Function.apply does for functorch, which `serves` has refused.
+_apply = super(torch.autograd.Function, _PoolProjected).apply
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    if grad is None:
+        grad = saved[5].new_zeros(ctx.shape)
+    need_weights = needs[2] or needs[3] or needs[4] or needs[5]
+    gradients = _backward(grad, grad_lse, *saved, *ctx.options, needs[0], need_weights)
+    dx, dq, dk, dv, dq_weight, dout, dweight, dbias = gradients
+    return (
+        dx if needs[0] else None,
+        dq if needs[1] else None,
+        dk if needs[2] else None,
+        dv if needs[3] else None,
+        dq_weight if needs[4] else None,
+        dout if needs[5] else None,
+        None,
+        dweight if needs[7] else None,
+        dbias if needs[8] else None,
+        *(None,) * 5,
+    )
+
+
+_gradients_once = once_differentiable(_gradients)

@@ -12,7 +12,8 @@ namespace x_rope_cls::ops {
 
 struct ProjectedArguments {
   const Tensor& x;
-  const Tensor& q;         // (batch or 1, queries, heads, key_dim), or (.., 1, dim) with q_weight
+  const Tensor& q;         // (batch or 1, queries, heads, key_dim); with q_weight (batch or 1,
+                           // queries, dim), or (queries, dim) for the whole batch
   const Tensor& k_weight;  // (key_heads * key_dim, channels)
   const Tensor& v_weight;  // (key_heads * value_dim, channels)
   const OptionalTensor& q_weight;    // (heads * key_dim, dim)
@@ -24,7 +25,7 @@ struct ProjectedArguments {
   bool cyclic;  // head h reads key head h % key_heads; else h / (heads / key_heads)
 };
 
-// out (batch, queries, heads, value_dim), or (.., 1, out_dim) with out_weight; then what the
+// out (batch, queries, heads, value_dim), or (.., out_dim) with out_weight; then what the
 // backward wants: projected queries (of shape (0,) without q_weight), folded ones, pooled and lse
 // of late_cls_pool, and what out_weight was applied to (likewise).
 using Projected = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -34,8 +35,8 @@ Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weigh
                          const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
                          int64_t heads, bool cyclic, double scale, int64_t norm, double norm_eps);
 
-// dx, dq, gradients of k_weight, v_weight, q_weight, out_weight, norm_weight and norm_bias; of
-// shape (0,) where not asked for or given.
+// grad: of out. dx, dq, gradients of k_weight, v_weight, q_weight, out_weight, norm_weight and
+// norm_bias; of shape (0,) where not asked for or given.
 using ProjectedGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 ProjectedGradients pool_projected_backward(

@@ -139,7 +139,7 @@ class AttentionPool(XAttentionPool):
         return (pooled, *more) if more else pooled
 
     def _check(self, context: Tensor, mask: Tensor | None, queries: Tensor | None) -> Tensor:
-        """The queries: learned ones as (1, queries, dim), others as (batch, queries, dim)."""
+        """The queries: learned ones as (queries, dim), others as (batch, queries, dim)."""
         if context.dim() != 3 or context.shape[2] != self.dim_context:
             got = tuple(context.shape)
             raise ValueError(f"AttentionPool: context must be (batch, tokens, {self.dim_context}), got {got}")
@@ -149,7 +149,7 @@ class AttentionPool(XAttentionPool):
         if queries is None:
             if not self.has_learned_queries:
                 raise ValueError("AttentionPool: queries must be given with num_pooled_tokens=0, got None")
-            return self.queries.unsqueeze(0)  # type: ignore[no-any-return, attr-defined]
+            return self.queries  # type: ignore[return-value]
         count = 1 if self.squeeze_output else "queries"
         fits = queries.dim() == 3 and queries.shape[0] == context.shape[0] and queries.shape[2] == self.dim
         if not fits or (self.squeeze_output and queries.shape[1] != 1):
@@ -167,8 +167,8 @@ class AttentionPool(XAttentionPool):
     def _pool(
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attention, attend = self.pooler, self.pooler.attend
-        to_q, to_out = attention.to_q, attention.to_out
+        attention = self.pooler
+        attend, to_q, to_out = attention.attend, attention.to_q, attention.to_out
         options: dict[str, Any] = {
             "key_mask": mask,
             "scale": attend.scale,
@@ -181,7 +181,7 @@ class AttentionPool(XAttentionPool):
             pooled = pool_layer(context, queries, weights, heads=attention.heads, **options)
             out = pooled.out
         else:
-            q = to_q(queries).unflatten(-1, (attention.heads, -1))
+            q = to_q(queries if queries.dim() == 3 else queries[None]).unflatten(-1, (attention.heads, -1))
             pooled = pool_attention(context, q, attention.to_k.weight, attention.to_v.weight, **options)
             out = to_out(pooled.out.flatten(2))
         dropout = getattr(attention, "sublayer_dropout", None)
