@@ -289,6 +289,7 @@ def test_tensors_that_a_transform_left_behind():
     case = make(torch.float32)
     left = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(case.x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
     leaves = case.leaves()
     found = in_one_call(replace(leaves, x=left[0]))
     expected = in_one_call(leaves)

@@ -58,27 +58,32 @@ struct PackedHead {
   Counter* attended;  // attending tasks done
 };
 
+// What a worker needs beside packed rows, whatever their operands are.
+template <typename T>
+struct WorkerScratch {
+  T* apart;      // (kFewApart, key_width), rows that read keys where they lie
+  T* keys;       // (kApartKeys, key_width), keys that those read
+  T* scores;     // (rows, score_stride)
+  T* out;        // (rows, value_width)
+  T* maximum;    // (rows), log2
+  T* sum;        // (rows)
+  T* lane_sums;  // (rows, lanes), where weights need no maximum
+  T* rows;       // (2 vectors, widest row)
+  T* table;      // (2 * pairs)
+  T* factors;    // (key block), dropout
+};
+
 template <typename O>
 struct InFloats;
 
 template <typename O>
-struct RowScratch {
+struct RowScratch : WorkerScratch<typename O::T> {
   using T = typename O::T;
   using Q = typename O::Score;
   Q* query;  // (rows, key_stride), scaled by scale * log2(e); rotated where rows have a position
   Q* query_raw;         // the same, unrotated
   T* steps;             // (rows), of query, where that is integers
   T* raw_steps;         // (rows), of query_raw
-  T* apart;             // (kFewApart, key_width), rows that read keys where they lie
-  T* keys;              // (kApartKeys, key_width), keys that those read
-  T* scores;            // (rows, score_stride)
-  T* out;               // (rows, value_width)
-  T* maximum;           // (rows), log2
-  T* sum;               // (rows)
-  T* lane_sums;         // (rows, lanes), where weights need no maximum
-  T* rows;              // (2 vectors, widest row)
-  T* table;             // (2 * pairs)
-  T* factors;           // (key block), dropout
   InFloats<O>* floats;  // where operands are integers
 };
 
@@ -150,6 +155,7 @@ ForwardPlan<O> make_plan(const AttentionParams& p, int64_t most_workers, bool ke
   return plan;
 }
 
+// s: of the same worker.
 template <typename O>
 InFloats<O>* take_floats(const ForwardPlan<O>& plan, const RowScratch<O>& s, Arena& arena) {
   using T = typename O::T;
@@ -167,16 +173,7 @@ InFloats<O>* take_floats(const ForwardPlan<O>& plan, const RowScratch<O>& s, Are
   const int64_t rows = plan.row_block * floats.plan.key_stride;
   floats.scratch.query = arena.take<T>(rows);
   floats.scratch.query_raw = sets_apart(*plan.p) ? arena.take<T>(rows) : nullptr;
-  floats.scratch.apart = s.apart;
-  floats.scratch.keys = s.keys;
-  floats.scratch.scores = s.scores;
-  floats.scratch.out = s.out;
-  floats.scratch.maximum = s.maximum;
-  floats.scratch.sum = s.sum;
-  floats.scratch.lane_sums = s.lane_sums;
-  floats.scratch.rows = s.rows;
-  floats.scratch.table = s.table;
-  floats.scratch.factors = s.factors;
+  static_cast<WorkerScratch<T>&>(floats.scratch) = s;
   floats.unit = -1;
   if (arena.base != nullptr) *taken = floats;
   return taken;

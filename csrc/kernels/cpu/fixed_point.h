@@ -1,5 +1,6 @@
 // Queries and keys of float16 or bfloat16 as integers of 16 bits, where the processor has products
-// of pairs of them, which are twice as many a cycle as those of floats.
+// of pairs of them: twice as many a cycle as those of floats, or with AVX2, which adds them up by
+// an instruction of its own, 1.6 times as many (Zen 4).
 //
 // A row is rounded relative to its length: to steps of length / kFixedLength, where steps of the
 // largest element stay in 16 bits. The error that this makes in a score is about 1e-5 of the

@@ -14,7 +14,7 @@
 #error "X_ROPE_CLS_ISA and X_ROPE_CLS_LANES must be defined by the build"
 #endif
 
-// Whether there are products of pairs of 16-bit integers, twice as many a cycle as of floats.
+// Whether there are products of pairs of 16-bit integers, more of them a cycle than of floats.
 #if defined(__AVX512VNNI__) || (X_ROPE_CLS_LANES == 8 && defined(__AVX2__))
 #define X_ROPE_CLS_HAVE_INT16
 #endif
