@@ -2,6 +2,8 @@
 // tables.
 #include "../rope.h"
 
+#include <type_traits>
+
 #include "convert.h"
 #include "isa.h"
 #include "rope_rows.h"
@@ -43,12 +45,12 @@ X_ROPE_CLS_INLINE void turn_strided(const RopeParams& p, const S* x, S* y, const
     const int64_t second = p.pairs + first;
     load_row(x + first * sx, sx, count, buffer);
     load_row(x + second * sx, sx, count, buffer + count);
-    turn_row<T, kLayout, false>(buffer, buffer, table, count, count);
+    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count);
     store_row<S>(buffer, sy, count, y + first * sy);
     store_row<S>(buffer + count, sy, count, y + second * sy);
   } else {
     load_row(x + 2 * first * sx, sx, 2 * count, buffer);
-    turn_row<T, kLayout, false>(buffer, buffer, table, count, 0);
+    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, 0);
     store_row<S>(buffer, sy, 2 * count, y + 2 * first * sy);
   }
 }
@@ -61,7 +63,7 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
   const bool last = first + count == p.pairs;
   if constexpr (kDense) {
     const int64_t at = kLayout == PairLayout::kHalves ? first : 2 * first;
-    turn_row<S, kLayout, kStream>(x + at, y + at, table, count, p.pairs);
+    turn_row<S, kLayout, kStream, 0>(x + at, y + at, table, count, p.pairs);
     if (last) copy_row<S, kStream>(x + rest, y + rest, p.head_dim - rest);
   } else {
     turn_strided<S, kLayout>(p, x, y, table, first, count);
@@ -82,8 +84,57 @@ X_ROPE_CLS_INLINE int64_t group_of(const RopeParams& p) {
   return min_of(max_of<int64_t>(kPieceBytes / bytes, 1), kMostGroup);
 }
 
-// Tokens [first, last) of batch b, all heads. Heads are inside, so that a table row is laid out
-// once for all that share it.
+// All heads of `tokens` tokens, whose tables lie in `tables` and are the same for all heads. There
+// is little to do a row: nothing but vectors and steps from row to row.
+template <typename S, PairLayout kLayout, bool kStream, int kVectors>
+void turn_group(const RopeParams& p, int64_t b, int64_t start, int64_t tokens,
+                const Compute<S>* tables) {
+  using T = Compute<S>;
+  const int64_t pairs = p.pairs;
+  const int64_t channels = p.head_dim;  // these are read once: rows might overlap p for all we know
+  const int64_t x_step = p.x.stride_n;
+  const int64_t y_step = p.y.stride_n;
+  const int64_t size = 2 * table_span<T>(kLayout, pairs);
+  bool turns[kMostGroup];
+  for (int64_t i = 0; i < tokens; ++i) turns[i] = has_position(p.table, b, start + i);
+  const S* x = row_of<const S>(p.x, b, 0, start);
+  S* y = row_of<S>(p.y, b, 0, start);
+  for (int64_t h = 0; h < p.heads; ++h, x += p.x.stride_h, y += p.y.stride_h) {
+    const S* from = x;
+    S* to = y;
+    for (int64_t i = 0; i < tokens; ++i, from += x_step, to += y_step) {
+      if (!turns[i]) {
+        copy_row<S, kStream>(from, to, channels);
+        continue;
+      }
+      turn_row<S, kLayout, kStream, kVectors>(from, to, tables + i * size, pairs, pairs);
+      copy_row<S, kStream>(from + 2 * pairs, to + 2 * pairs, channels - 2 * pairs);
+    }
+  }
+}
+
+// Tokens [first, last) of batch b, all heads: dense channels and tables that heads share.
+template <typename S, PairLayout kLayout, bool kStream, int kVectors>
+void turn_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
+  using T = Compute<S>;
+  alignas(64) T tables[kMostGroup * kTableRoom];
+  const RotaryTable& t = p.table;
+  const int64_t size = 2 * table_span<T>(kLayout, p.pairs);
+  const int64_t group = group_of<S>(p);
+  for (int64_t start = first; start < last; start += group) {
+    const int64_t tokens = min_of(group, last - start);
+    for (int64_t i = 0; i < tokens; ++i) {
+      if (!has_position(t, b, start + i)) continue;
+      lay_out_table<T, kLayout>(table_row_start<T>(t, b, 0, start + i), t.cos_stride_i,
+                                t.sin_stride_i, p.pairs, p.inverse ? T{-1} : T{1},
+                                tables + i * size);
+    }
+    turn_group<S, kLayout, kStream, kVectors>(p, b, start, tokens, tables);
+  }
+}
+
+// Tokens [first, last) of batch b, all heads; rows of any kind, in parts where they are long. Heads
+// are inside, so that a table row is laid out once for all that share it.
 template <typename S, PairLayout kLayout, bool kDense, bool kStream>
 void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
   using T = Compute<S>;
@@ -116,7 +167,7 @@ void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
             TableRow<T> row = table_row_start<T>(t, b, h, n);
             row.cos += pair * t.cos_stride_i;
             row.sin += pair * t.sin_stride_i;
-            lay_out_table(kLayout, row, t.cos_stride_i, t.sin_stride_i, count, sign, table);
+            lay_out_table<T, kLayout>(row, t.cos_stride_i, t.sin_stride_i, count, sign, table);
           }
           turn_part<S, kLayout, kDense, kStream>(p, x, y, table, pair, count);
         }
@@ -142,11 +193,19 @@ void rope_block(const RopeParams& p, int64_t b, int64_t first, int64_t last, boo
       return rope_tokens<S, kLayout, false, false>(p, b, first, last);
     }
   }
-  if (stream) {
-    rope_tokens<S, kLayout, true, true>(p, b, first, last);
-  } else {
-    rope_tokens<S, kLayout, true, false>(p, b, first, last);
-  }
+  const auto with_stores = [&](auto streams) __attribute__((always_inline)) {
+    constexpr bool kStream = decltype(streams)::value;
+    if (p.pairs > kMostPairs || p.table.cos_stride_h != 0 || p.table.sin_stride_h != 0) {
+      return rope_tokens<S, kLayout, true, kStream>(p, b, first, last);
+    }
+    constexpr int64_t kL = kLanes<Compute<S>>;
+    const int64_t elements = table_elements(kLayout, p.pairs);
+    const auto turn = elements == 2 * kL   ? turn_tokens<S, kLayout, kStream, 2>
+                      : elements == 4 * kL ? turn_tokens<S, kLayout, kStream, 4>
+                                           : turn_tokens<S, kLayout, kStream, 0>;
+    turn(p, b, first, last);
+  };
+  stream ? with_stores(std::true_type{}) : with_stores(std::false_type{});
 }
 
 // Block `task` of the tokens of all batches.

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "convert_vec.h"
 #include "rotate.h"
@@ -49,45 +51,56 @@ enum class PairLayout {
   kHalves,  // `half` apart
 };
 
-// Elements of cos, and of sin, of `pairs` pairs; whole vectors.
+// Elements of cos, and of sin, of `pairs` pairs.
+constexpr int64_t table_elements(PairLayout layout, int64_t pairs) {
+  return layout == PairLayout::kTwice ? 2 * pairs : pairs;
+}
+// The same in whole vectors.
 template <typename T>
 constexpr int64_t table_span(PairLayout layout, int64_t pairs) {
-  return round_up(layout == PairLayout::kTwice ? 2 * pairs : pairs, kLanes<T>);
+  return round_up(table_elements(layout, pairs), kLanes<T>);
 }
-
 // to: 2 * span elements, cos and then sin, zeros behind. sign: -1 turns the other way.
-template <typename T>
-X_ROPE_CLS_INLINE void lay_out_strided(PairLayout layout, TableRow<T> from, int64_t cos_stride,
-                                       int64_t sin_stride, int64_t pairs, T sign, T* to) {
-  const int64_t span = table_span<T>(layout, pairs);
+template <typename T, PairLayout kLayout>
+static __attribute__((noinline)) void lay_out_table(TableRow<T> from, int64_t cos_stride,
+                                                    int64_t sin_stride, int64_t pairs, T sign,
+                                                    T* to) {
+  constexpr int64_t kL = kLanes<T>;
+  constexpr bool kTwice = kLayout == PairLayout::kTwice;
+  const int64_t span = table_span<T>(kLayout, pairs);
   T* const cos = to;
   T* const sin = to + span;
-  int64_t end = pairs;
-  if (layout == PairLayout::kTwice) {
-    end = 2 * pairs;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const T s = from.sin[i * sin_stride] * sign;
-      cos[2 * i] = cos[2 * i + 1] = from.cos[i * cos_stride];
+  int64_t i = 0;
+  if (cos_stride == 1 && sin_stride == 1) {
+    Vec<T> signs = broadcast<T>(sign);
+    for (int lane = 0; kTwice && lane < kL; lane += 2) signs[lane] = -sign;
+    for (; i + kL <= pairs; i += kL) {
+      const Vec<T> c = load<T>(from.cos + i);
+      const Vec<T> s = load<T>(from.sin + i);
+      if constexpr (kTwice) {
+        store<T>(cos + 2 * i, shuffle<T, TwiceFrom<0>>(c, c));
+        store<T>(cos + 2 * i + kL, shuffle<T, TwiceFrom<kL / 2>>(c, c));
+        store<T>(sin + 2 * i, shuffle<T, TwiceFrom<0>>(s, s) * signs);
+        store<T>(sin + 2 * i + kL, shuffle<T, TwiceFrom<kL / 2>>(s, s) * signs);
+      } else {
+        store<T>(cos + i, c);
+        store<T>(sin + i, s * signs);
+      }
+    }
+  }
+  for (; i < pairs; ++i) {
+    const T c = from.cos[i * cos_stride];
+    const T s = from.sin[i * sin_stride] * sign;
+    if constexpr (kTwice) {
+      cos[2 * i] = cos[2 * i + 1] = c;
       sin[2 * i] = -s;
       sin[2 * i + 1] = s;
-    }
-  } else {
-    for (int64_t i = 0; i < pairs; ++i) {
-      cos[i] = from.cos[i * cos_stride];
-      sin[i] = from.sin[i * sin_stride] * sign;
+    } else {
+      cos[i] = c;
+      sin[i] = s;
     }
   }
-  for (int64_t i = end; i < span; ++i) cos[i] = sin[i] = T{0};
-}
-// The same; in vectors where both rows are dense, as most are.
-template <typename T>
-X_ROPE_CLS_INLINE void lay_out_table(PairLayout layout, TableRow<T> from, int64_t cos_stride,
-                                     int64_t sin_stride, int64_t pairs, T sign, T* to) {
-  if (cos_stride == 1 && sin_stride == 1) {
-    lay_out_strided<T>(layout, from, 1, 1, pairs, sign, to);
-  } else {
-    lay_out_strided<T>(layout, from, cos_stride, sin_stride, pairs, sign, to);
-  }
+  for (i = table_elements(kLayout, pairs); i < span; ++i) cos[i] = sin[i] = T{0};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -107,13 +120,18 @@ X_ROPE_CLS_INLINE auto rounded(Vec<Compute<S>> v) {
   return vector_from_compute(v, S{});
 #endif
 }
+#ifdef __AVX512BF16__
+// Elements 0, 16, 1, 17 and so on: of two vectors one after the other, by turns.
+template <int... kIndex>
+X_ROPE_CLS_INLINE __m512i by_turns(std::integer_sequence<int, kIndex...> /*unused*/) {
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  return reinterpret_cast<__m512i>(Words{static_cast<uint16_t>(kIndex % 2 * 16 + kIndex / 2)...});
+}
+#endif
 // Words of bfloat16: `low` in the lower halves.
 X_ROPE_CLS_INLINE UInt32Vec rounded_words(FloatVec low, FloatVec high) {
 #ifdef __AVX512BF16__
-  const __m512i order = _mm512_add_epi16(
-      _mm512_set1_epi32(0x00100000),
-      _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                         _mm512_set1_epi32(0x00010001)));
+  const __m512i order = by_turns(std::make_integer_sequence<int, 32>{});
   const auto both =
       (__m512i)_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
   return reinterpret_cast<UInt32Vec>(_mm512_permutexvar_epi16(order, both));
@@ -153,43 +171,51 @@ X_ROPE_CLS_INLINE void turn_words(const BFloat16* x, BFloat16* y, const float* c
 }
 
 // Pairs of one row. half: from the first member of a pair to the second where they lie apart.
-template <typename S, PairLayout kLayout, bool kStream>
+// kVectors: of the tables, if they are whole; 0: any number of pairs.
+template <typename S, PairLayout kLayout, bool kStream, int kVectors>
 X_ROPE_CLS_INLINE void turn_row(const S* x, S* y, const Compute<S>* table, int64_t pairs,
                                 int64_t half) {
   using T = Compute<S>;
   constexpr int64_t kL = kLanes<T>;
   const T* const cos = table;
-  const T* const sin = table + table_span<T>(kLayout, pairs);
+  const T* const sin = table + (kVectors > 0 ? kVectors * kL : table_span<T>(kLayout, pairs));
+  const auto turn = [&](int64_t i, auto streams) __attribute__((always_inline)) {
+    constexpr bool kPast = decltype(streams)::value;
+    if constexpr (kLayout == PairLayout::kTwice) {
+      turn_twice<S, kPast>(x + i, y + i, cos + i, sin + i);
+    } else if constexpr (kLayout == PairLayout::kWords) {
+      turn_words<kPast>(x + 2 * i, y + 2 * i, cos + i, sin + i);
+    } else {
+      turn_halves<S, kPast>(x + i, x + half + i, y + i, y + half + i, cos + i, sin + i);
+    }
+  };
+  constexpr std::bool_constant<kStream> kStreams;
+  if constexpr (kVectors > 0) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) turn(v * kL, kStreams);
+    return;
+  }
+  const int64_t n = table_elements(kLayout, pairs);
   int64_t i = 0;
+  for (; i + kL <= n; i += kL) turn(i, kStreams);
+  if (i == n) return;
+  if (n >= kL && x != y) return turn(n - kL, std::false_type{});  // some pairs once more
+  S from[2 * kL] = {};
+  S to[2 * kL];
   if constexpr (kLayout == PairLayout::kTwice) {
-    const int64_t n = 2 * pairs;
-    for (; i + kL <= n; i += kL) turn_twice<S, kStream>(x + i, y + i, cos + i, sin + i);
-    if (i == n) return;
-    S from[kL] = {};
-    S to[kL];
     copy_few<kL>(x + i, from, n - i);
     turn_twice<S, false>(from, to, cos + i, sin + i);
     copy_few<kL>(to, y + i, n - i);
   } else if constexpr (kLayout == PairLayout::kWords) {
-    for (; i + kL <= pairs; i += kL) turn_words<kStream>(x + 2 * i, y + 2 * i, cos + i, sin + i);
-    if (i == pairs) return;
-    S from[2 * kL] = {};
-    S to[2 * kL];
-    copy_few<2 * kL>(x + 2 * i, from, 2 * (pairs - i));
+    copy_few<2 * kL>(x + 2 * i, from, 2 * (n - i));
     turn_words<false>(from, to, cos + i, sin + i);
-    copy_few<2 * kL>(to, y + 2 * i, 2 * (pairs - i));
+    copy_few<2 * kL>(to, y + 2 * i, 2 * (n - i));
   } else {
-    for (; i + kL <= pairs; i += kL) {
-      turn_halves<S, kStream>(x + i, x + half + i, y + i, y + half + i, cos + i, sin + i);
-    }
-    if (i == pairs) return;
-    S from[2 * kL] = {};
-    S to[2 * kL];
-    copy_few<kL>(x + i, from, pairs - i);
-    copy_few<kL>(x + half + i, from + kL, pairs - i);
+    copy_few<kL>(x + i, from, n - i);
+    copy_few<kL>(x + half + i, from + kL, n - i);
     turn_halves<S, false>(from, from + kL, to, to + kL, cos + i, sin + i);
-    copy_few<kL>(to, y + i, pairs - i);
-    copy_few<kL>(to + kL, y + half + i, pairs - i);
+    copy_few<kL>(to, y + i, n - i);
+    copy_few<kL>(to + kL, y + half + i, n - i);
   }
 }
 
