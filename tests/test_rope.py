@@ -83,6 +83,24 @@ def test_numbers_of_pairs(backend, dtype, pairs, interleaved):
         torch.testing.assert_close(apply_rope(x, rotary, inverse=True), reference.rope(x, rotary, inverse=True))
 
 
+@pytest.mark.parametrize("pairs", [1, 3, 4, 5, 8, 12, 20])
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_behind_the_pairs_stay_bit_by_bit(backend, dtype, pairs, interleaved):
+    head_dim = 64
+    x = Generator(2).normal(1, 2, 5, head_dim, dtype=dtype)
+    cos, sin = make_tables("shared", Generator(3), 1, 2, 5, pairs, torch.float32)
+    rotary = Rotary(cos, sin, None, interleaved)
+    expected = apply_rope(x[..., : 2 * pairs].contiguous(), rotary)
+    x[..., 2 * pairs :] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype).repeat(16)[
+        2 * pairs :
+    ]
+    found = apply_rope(x, rotary)
+    torch.testing.assert_close(found[..., : 2 * pairs], expected)
+    word = {8: torch.int64, 4: torch.int32, 2: torch.int16}[x.element_size()]
+    assert torch.equal(found[..., 2 * pairs :].contiguous().view(word), x[..., 2 * pairs :].contiguous().view(word))
+
+
 def test_inverse_undoes_a_rotation(backend):
     x = torch.randn(2, 3, 50, 16, dtype=torch.float64)
     rotary = RotaryEmbedding(16)(50, torch.arange(50) > 2)

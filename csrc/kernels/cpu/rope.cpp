@@ -45,12 +45,12 @@ X_ROPE_CLS_INLINE void turn_strided(const RopeParams& p, const S* x, S* y, const
     const int64_t second = p.pairs + first;
     load_row(x + first * sx, sx, count, buffer);
     load_row(x + second * sx, sx, count, buffer + count);
-    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count);
+    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count, 2 * count);
     store_row<S>(buffer, sy, count, y + first * sy);
     store_row<S>(buffer + count, sy, count, y + second * sy);
   } else {
     load_row(x + 2 * first * sx, sx, 2 * count, buffer);
-    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, 0);
+    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count, 2 * count);
     store_row<S>(buffer, sy, 2 * count, y + 2 * first * sy);
   }
 }
@@ -63,7 +63,7 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
   const bool last = first + count == p.pairs;
   if constexpr (kDense) {
     const int64_t at = kLayout == PairLayout::kHalves ? first : 2 * first;
-    turn_row<S, kLayout, kStream, 0>(x + at, y + at, table, count, p.pairs);
+    turn_row<S, kLayout, kStream, 0>(x + at, y + at, table, count, p.pairs, 2 * count);
     if (last) copy_row<S, kStream>(x + rest, y + rest, p.head_dim - rest);
   } else {
     turn_strided<S, kLayout>(p, x, y, table, first, count);
@@ -90,8 +90,9 @@ template <typename S, PairLayout kLayout, bool kStream, int kVectors>
 void turn_group(const RopeParams& p, int64_t b, int64_t start, int64_t tokens,
                 const Compute<S>* tables) {
   using T = Compute<S>;
+  // Read once: for all that the compiler knows, rows are stored over p.
   const int64_t pairs = p.pairs;
-  const int64_t channels = p.head_dim;  // these are read once: rows might overlap p for all we know
+  const int64_t channels = p.head_dim;
   const int64_t x_step = p.x.stride_n;
   const int64_t y_step = p.y.stride_n;
   const int64_t size = 2 * table_span<T>(kLayout, pairs);
@@ -107,7 +108,7 @@ void turn_group(const RopeParams& p, int64_t b, int64_t start, int64_t tokens,
         copy_row<S, kStream>(from, to, channels);
         continue;
       }
-      turn_row<S, kLayout, kStream, kVectors>(from, to, tables + i * size, pairs, pairs);
+      turn_row<S, kLayout, kStream, kVectors>(from, to, tables + i * size, pairs, pairs, channels);
       copy_row<S, kStream>(from + 2 * pairs, to + 2 * pairs, channels - 2 * pairs);
     }
   }

@@ -100,7 +100,7 @@ static __attribute__((noinline)) void lay_out_table(TableRow<T> from, int64_t co
       sin[i] = s;
     }
   }
-  for (i = table_elements(kLayout, pairs); i < span; ++i) cos[i] = sin[i] = T{0};
+  for (i *= kTwice ? 2 : 1; i < span; ++i) cos[i] = sin[i] = T{0};
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -140,83 +140,132 @@ X_ROPE_CLS_INLINE UInt32Vec rounded_words(FloatVec low, FloatVec high) {
 #endif
 }
 
-template <typename S, bool kStream>
-X_ROPE_CLS_INLINE void turn_twice(const S* x, S* y, const Compute<S>* cos, const Compute<S>* sin) {
+template <typename S>
+X_ROPE_CLS_INLINE auto turned_twice(const S* x, const Compute<S>* cos, const Compute<S>* sin) {
   using T = Compute<S>;
   const Vec<T> v = load_as(x);
-  const Vec<T> turned = v * load<T>(cos) + shuffle<T, SwapNeighbours>(v, v) * load<T>(sin);
-  put<kStream>(y, rounded<S>(turned));
+  return rounded<S>(v * load<T>(cos) + shuffle<T, SwapNeighbours>(v, v) * load<T>(sin));
 }
-template <typename S, bool kStream>
-X_ROPE_CLS_INLINE void turn_halves(const S* x0, const S* x1, S* y0, S* y1, const Compute<S>* cos,
-                                   const Compute<S>* sin) {
-  using T = Compute<S>;
-  const Vec<T> c = load<T>(cos);
-  const Vec<T> s = load<T>(sin);
-  const Vec<T> v0 = load_as(x0);
-  const Vec<T> v1 = load_as(x1);
-  put<kStream>(y0, rounded<S>(v0 * c - v1 * s));
-  put<kStream>(y1, rounded<S>(v1 * c + v0 * s));
-}
-template <bool kStream>
-X_ROPE_CLS_INLINE void turn_words(const BFloat16* x, BFloat16* y, const float* cos,
-                                  const float* sin) {
+X_ROPE_CLS_INLINE UInt32Vec turned_words(const BFloat16* x, const float* cos, const float* sin) {
   UInt32Vec words;
   __builtin_memcpy(&words, x, sizeof(words));
   const FloatVec c = load<float>(cos);
   const FloatVec s = load<float>(sin);
   const FloatVec v0 = reinterpret_cast<FloatVec>(words << 16);
   const FloatVec v1 = reinterpret_cast<FloatVec>(words & 0xffff0000U);
-  put<kStream>(y, rounded_words(v0 * c - v1 * s, v1 * c + v0 * s));
+  return rounded_words(v0 * c - v1 * s, v1 * c + v0 * s);
+}
+template <typename V>
+struct Halves {
+  V first, second;
+};
+template <typename S>
+X_ROPE_CLS_INLINE auto turned_halves(const S* x0, const S* x1, const Compute<S>* cos,
+                                     const Compute<S>* sin) {
+  using T = Compute<S>;
+  const Vec<T> c = load<T>(cos);
+  const Vec<T> s = load<T>(sin);
+  const Vec<T> v0 = load_as(x0);
+  const Vec<T> v1 = load_as(x1);
+  const auto first = rounded<S>(v0 * c - v1 * s);
+  return Halves<decltype(+first)>{first, rounded<S>(v1 * c + v0 * s)};
+}
+
+// A vector of pairs, the first of them at x and y.
+template <typename S, PairLayout kLayout, bool kStream>
+X_ROPE_CLS_INLINE void turn(const S* x, S* y, const Compute<S>* cos, const Compute<S>* sin,
+                            int64_t half) {
+  if constexpr (kLayout == PairLayout::kTwice) {
+    put<kStream>(y, turned_twice(x, cos, sin));
+  } else if constexpr (kLayout == PairLayout::kWords) {
+    put<kStream>(y, turned_words(x, cos, sin));
+  } else {
+    const auto turned = turned_halves(x, x + half, cos, sin);
+    put<kStream>(y, turned.first);
+    put<kStream>(y + half, turned.second);
+  }
+}
+
+// `turned` in the first n lanes, what lies at x in the others.
+template <typename S, typename V>
+X_ROPE_CLS_INLINE V first_lanes(V turned, const S* x, int64_t n) {
+  using Lanes = decltype(turned < turned);
+  using Lane = std::remove_reference_t<decltype(Lanes{}[0])>;
+  constexpr int kCount = sizeof(V) / sizeof(Lane);
+  Lanes lanes;
+  for (int i = 0; i < kCount; ++i) lanes[i] = static_cast<Lane>(i);
+  V kept;
+  __builtin_memcpy(&kept, x, sizeof(kept));
+  return lanes < static_cast<Lane>(n) ? turned : kept;
+}
+
+// The n pairs of a row, fewer than a vector has. The channels that follow them in the vector are
+// stored as they were.
+template <typename S, PairLayout kLayout>
+X_ROPE_CLS_INLINE void turn_few(const S* x, S* y, const Compute<S>* cos, const Compute<S>* sin,
+                                int64_t n) {
+  if constexpr (kLayout == PairLayout::kTwice) {
+    put<false>(y, first_lanes(turned_twice(x, cos, sin), x, n));
+  } else if constexpr (kLayout == PairLayout::kWords) {
+    put<false>(y, first_lanes(turned_words(x, cos, sin), x, n));
+  } else {
+    const auto turned = turned_halves(x, x + n, cos, sin);
+    const auto first = first_lanes(turned.first, x, n);
+    const auto second = first_lanes(turned.second, x + n, n);
+    put<false>(y, first);
+    put<false>(y + n, second);
+  }
+}
+// Channels of a row that it reads and writes.
+template <typename T>
+constexpr int64_t few_reach(PairLayout layout, int64_t n) {
+  return (layout == PairLayout::kHalves ? n : 0) +
+         (layout == PairLayout::kWords ? 2 : 1) * kLanes<T>;
 }
 
 // Pairs of one row. half: from the first member of a pair to the second where they lie apart.
-// kVectors: of the tables, if they are whole; 0: any number of pairs.
+// channels: of the row, from x on, rotated or not. kVectors: of the tables, if they are whole; 0:
+// any number of pairs.
 template <typename S, PairLayout kLayout, bool kStream, int kVectors>
 X_ROPE_CLS_INLINE void turn_row(const S* x, S* y, const Compute<S>* table, int64_t pairs,
-                                int64_t half) {
+                                int64_t half, int64_t channels) {
   using T = Compute<S>;
   constexpr int64_t kL = kLanes<T>;
+  constexpr int64_t kStep = kLayout == PairLayout::kWords ? 2 : 1;  // channels an element
   const T* const cos = table;
   const T* const sin = table + (kVectors > 0 ? kVectors * kL : table_span<T>(kLayout, pairs));
-  const auto turn = [&](int64_t i, auto streams) __attribute__((always_inline)) {
-    constexpr bool kPast = decltype(streams)::value;
-    if constexpr (kLayout == PairLayout::kTwice) {
-      turn_twice<S, kPast>(x + i, y + i, cos + i, sin + i);
-    } else if constexpr (kLayout == PairLayout::kWords) {
-      turn_words<kPast>(x + 2 * i, y + 2 * i, cos + i, sin + i);
-    } else {
-      turn_halves<S, kPast>(x + i, x + half + i, y + i, y + half + i, cos + i, sin + i);
-    }
-  };
-  constexpr std::bool_constant<kStream> kStreams;
   if constexpr (kVectors > 0) {
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) turn(v * kL, kStreams);
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t i = v * kL;
+      turn<S, kLayout, kStream>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
+    }
     return;
   }
   const int64_t n = table_elements(kLayout, pairs);
   int64_t i = 0;
-  for (; i + kL <= n; i += kL) turn(i, kStreams);
+  for (; i + kL <= n; i += kL) {
+    turn<S, kLayout, kStream>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
+  }
   if (i == n) return;
-  if (n >= kL && x != y) return turn(n - kL, std::false_type{});  // some pairs once more
+  if (n >= kL && x != y) {  // some pairs once more
+    i = n - kL;
+    return turn<S, kLayout, false>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
+  }
+  if (n < kL && half == pairs && few_reach<T>(kLayout, n) <= channels) {
+    return turn_few<S, kLayout>(x, y, cos, sin, n);
+  }
+  constexpr int64_t kPart = kStep * kL;
+  const int64_t rest = kStep * (n - i);
+  x += kStep * i;
+  y += kStep * i;
   S from[2 * kL] = {};
   S to[2 * kL];
-  if constexpr (kLayout == PairLayout::kTwice) {
-    copy_few<kL>(x + i, from, n - i);
-    turn_twice<S, false>(from, to, cos + i, sin + i);
-    copy_few<kL>(to, y + i, n - i);
-  } else if constexpr (kLayout == PairLayout::kWords) {
-    copy_few<2 * kL>(x + 2 * i, from, 2 * (n - i));
-    turn_words<false>(from, to, cos + i, sin + i);
-    copy_few<2 * kL>(to, y + 2 * i, 2 * (n - i));
-  } else {
-    copy_few<kL>(x + i, from, n - i);
-    copy_few<kL>(x + half + i, from + kL, n - i);
-    turn_halves<S, false>(from, from + kL, to, to + kL, cos + i, sin + i);
-    copy_few<kL>(to, y + i, n - i);
-    copy_few<kL>(to + kL, y + half + i, n - i);
-  }
+  copy_few<kPart>(x, from, rest);
+  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(x + half, from + kL, rest);
+  turn<S, kLayout, false>(from, to, cos + i, sin + i, kL);
+  copy_few<kPart>(to, y, rest);
+  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(to + kL, y + half, rest);
 }
 
 }  // namespace
