@@ -104,7 +104,8 @@ static __attribute__((noinline)) void lay_out_table(TableRow<T> from, int64_t co
 }
 
 // -------------------------------------------------------------------------------------------------
-// Rotations. Each takes whole vectors where they lie and the rest by way of a padded copy.
+// Rotations of vectors where they lie. Pairs that fill none are turned together with others, or
+// with channels behind them, or, where there are none, by way of a padded copy.
 
 // Vectors of storage elements. The instruction that rounds to bfloat16 takes results below 2^-126
 // as 0; it is worth that: without it the rounding takes longer than the memory.
