@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "pooling_common.h"
 #include "pooling_grads.h"
+#include "quad_rows.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
@@ -18,6 +19,7 @@ template <typename S>
 struct PoolGradScratch {
   using T = Compute<S>;
   T* stack;   // (2 * rows, stride): queries times scale * log2(e), then gradients of pooled
+  T* quads;   // the same as quad_rows.h has it, where plan.quads
   T* scores;  // (2 * rows, columns)
   T* shift;   // (rows): logsumexp in units of log2; infinity where there was nothing to attend to
   T* delta;   // (rows): <g, pooled> - grad_lse
@@ -66,6 +68,7 @@ PoolGradMemory<S> take_pool_grad_memory(const PoolBackwardParams& g, int64_t wor
     m.plan.tasks = g.forward.batch;
   }
   choose_stores<S>(g, m.plan);
+  m.plan.quads = !m.plan.dots && fills_quads<T>(2 * m.plan.rows);
   const PoolPlan& plan = m.plan;
   take_kept(m.plan, arena);
   m.slots = plan.tasks;
@@ -74,6 +77,7 @@ PoolGradMemory<S> take_pool_grad_memory(const PoolBackwardParams& g, int64_t wor
   for (int64_t i = 0; i < plan.workers; ++i) {
     PoolGradScratch<S> s{};
     s.stack = arena.take<T>(2 * plan.rows * plan.stride);
+    s.quads = arena.take<T>(plan.quads ? quad_rows_size<T>(2 * plan.rows, plan.width) : 0);
     s.scores = arena.take<T>(2 * plan.rows * plan.columns);
     s.shift = arena.take<T>(plan.rows);
     s.delta = arena.take<T>(plan.rows);
@@ -110,6 +114,7 @@ void prepare_rows(const PoolPlan& plan, const PoolBackwardParams& g, int64_t b,
   T* grads = s.stack + plan.rows * plan.stride;
   pack_pool_rows<S>(plan, p.query, b, 0, plan.rows, static_cast<T>(p.scale * kLog2E), s.stack);
   pack_pool_rows<S>(plan, g.grad, b, 0, plan.rows, T{1}, grads);
+  if (plan.quads) rows_to_quads(s.stack, plan.stride, 2 * plan.rows, plan.width, s.quads);
   if constexpr (kHasDots<S>) {
     if (plan.dots) {
       copy_pool_rows<S>(plan, p.query, b, s.dots.rows);
@@ -287,7 +292,11 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
-    dot_rows(s.stack, plan.stride, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    if (plan.quads) {
+      quad_rows(s.quads, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    } else {
+      dot_rows(s.stack, plan.stride, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    }
     pool_score_grads(plan, g, range.b, count, s);
     if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums, plan.width);

@@ -34,6 +34,7 @@ struct PoolPlan {
   int64_t block;    // tokens of a block, a multiple of kDotTokens
   int64_t columns;  // row stride of scores
   int64_t lanes;    // of a token's scores, where rows are lanes (lane_rows.h); else 0
+  bool quads;       // inner products take rows in fours (quad_rows.h)
   int64_t chunks;   // parts of a batch's tokens, summed apart
   int64_t group;    // batches of a task, where chunks is 1
   int64_t tasks;    // ceil(batch / group) * chunks

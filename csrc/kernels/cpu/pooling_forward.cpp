@@ -8,6 +8,7 @@
 #include "lane_rows.h"
 #include "partial_sums.h"
 #include "pooling_common.h"
+#include "quad_rows.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
@@ -18,9 +19,9 @@ constexpr int64_t kLaneTokens = 96;
 
 template <typename T>
 struct PoolScratch {
-  T* query;    // (rows, stride) or panels of lane_rows.h, scaled by scale * log2(e)
+  T* query;    // (rows, stride), or as lane_rows.h or quad_rows.h has it; times scale * log2(e)
   T* scores;   // (rows, columns) or (tokens, lanes)
-  T* packed;   // (a vector of rows, width), where rows fill the lanes
+  T* packed;   // (some rows, stride), on their way to either
   T* running;  // (3, lanes) there: maxima, sums and what outputs are rescaled by
   T* buffer;
   TokenMoments<T>* moments;
@@ -53,6 +54,7 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
   PoolMemory<T> m{};
   m.plan = make_pool_plan<S>(p, workers, 2);
   if (!m.plan.dots && fills_lanes<T>(m.plan.rows)) choose_lanes<T>(m.plan);
+  m.plan.quads = !m.plan.dots && m.plan.lanes == 0 && fills_quads<T>(m.plan.rows);
   const PoolPlan& plan = m.plan;
   take_kept(m.plan, arena);
   m.scratch = arena.take<PoolScratch<T>>(plan.workers);
@@ -68,7 +70,9 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
       s.packed = arena.take<T>(kLanes<T> * plan.stride);
       s.running = arena.take<T>(3 * plan.lanes);
     } else {
-      s.query = arena.take<T>(plan.rows * plan.stride);
+      s.query = arena.take<T>(plan.quads ? quad_rows_size<T>(plan.rows, plan.width)
+                                         : plan.rows * plan.stride);
+      s.packed = arena.take<T>(plan.quads ? kQuad * plan.stride : 0);
       s.scores = arena.take<T>(plan.rows * plan.columns);
     }
     s.buffer = needs_buffer(plan) && !plan.dots ? arena.take<T>(plan.block * plan.width) : nullptr;
@@ -154,6 +158,12 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
         pack_pool_rows<S>(plan, p.query, wanted, r, count, factor, s.packed);
         rows_to_lanes(s.packed, plan.stride, count, plan.width, r, s.query);
       }
+    } else if (plan.quads) {
+      for (int64_t r = 0; r < plan.rows; r += kQuad) {
+        pack_pool_rows<S>(plan, p.query, wanted, r, kQuad, factor, s.packed);
+        rows_to_quads(s.packed, plan.stride, kQuad, plan.width,
+                      s.query + r / kQuad * quad_stride<T>(plan.width));
+      }
     } else if (!plan.dots) {
       pack_pool_rows<S>(plan, p.query, wanted, 0, plan.rows, factor, s.query);
     }
@@ -177,7 +187,11 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
-    dot_rows(s.query, plan.stride, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    if (plan.quads) {
+      quad_rows(s.query, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    } else {
+      dot_rows(s.query, plan.stride, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+    }
     soften_pool(plan, count, s.scores, sums);
     sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
