@@ -90,7 +90,8 @@ def test_rows(rows):
 @pytest.mark.parametrize(("C", "dtype"), [(16, torch.float32), (20, torch.float32), (96, torch.bfloat16)], ids=str)
 def test_tokens(N, C, dtype):
     """dx is written where it belongs (16 channels in most variants) or copied there; see the test of the outputs."""
-    check_pool_backward(model_case(2, N, C, dtype))
+    for queries in (1, 2, 3):  # of two heads: four, eight and twelve rows of queries and of gradients
+        check_pool_backward(model_case(2, N, C, dtype, queries=queries))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

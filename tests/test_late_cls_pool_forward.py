@@ -77,7 +77,8 @@ def test_blocks_of_many_rows(N, C, dtype):
 @pytest.mark.parametrize(("C", "dtype"), [(16, torch.float32), (20, torch.float32), (96, torch.bfloat16)], ids=str)
 def test_tokens(N, C, dtype):
     """Read where they are (16 channels in most variants), copied (20) or multiplied as bfloat16 pairs (96, in one)."""
-    check_pool_forward(model_case(2, N, C, dtype))
+    for queries in (2, 4, 6, 10):  # rows in fours, by one, two and three of them
+        check_pool_forward(model_case(2, N, C, dtype, queries=queries))
 
 
 @pytest.mark.parametrize("layout", TOKEN_LAYOUTS)

@@ -14,6 +14,7 @@ from x_transformers.x_transformers import Attention, AttentionLayers
 from .._checks import check_choice, check_count
 from ..functional import ClsRope
 from .attention import convert_attention
+from .feed_forward import convert_feed_forwards
 from .late import LateCls, configure_late
 from .late_layers import forward_late
 from .options import CLS_ROPES, as_rotate
@@ -234,6 +235,7 @@ def configure(encoder: Any, cls_rope: ClsRope, num_prefix_tokens: int, num_suffi
     for layer_type, attention in attention_layers(encoder):
         option = {"a": "residual_attn", "c": "cross_residual_attn"}[layer_type]
         convert_attention(attention, option if getattr(encoder, option, False) else None)
+    convert_feed_forwards(encoder)
 
 
 def attention_layers(encoder: AttentionLayers) -> list[tuple[str, Attention]]:

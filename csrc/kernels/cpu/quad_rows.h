@@ -33,16 +33,37 @@ constexpr int64_t quad_rows_size(int64_t rows, int64_t width) {
   return fills_quads<T>(rows) ? rows / kQuad * quad_stride<T>(width) : 0;
 }
 
+// Two by two blocks of kSize lanes are transposed.
+template <typename T, int kSize>
+X_ROPE_CLS_INLINE void swap_blocks(Vec<T>& upper, Vec<T>& lower) {
+  const Vec<T> first = shuffle<T, UpperBlocks<kLanes<T>, kSize>>(upper, lower);
+  lower = shuffle<T, LowerBlocks<kLanes<T>, kSize>>(upper, lower);
+  upper = first;
+}
+
+// Four rows of `width` channels, a multiple of the lanes.
+template <typename T>
+void rows_to_quad(const T* const (&rows)[kQuad], int64_t width, T* quad) {
+  constexpr int kChannels = kQuadChannels<T>;
+  for (int64_t c = 0; c < width; c += kLanes<T>, quad += kQuad * kLanes<T>) {
+    Vec<T> v[kQuad];
+    X_ROPE_CLS_UNROLL
+    for (int r = 0; r < kQuad; ++r) v[r] = load<T>(rows[r] + c);
+    swap_blocks<T, 2 * kChannels>(v[0], v[2]);
+    swap_blocks<T, 2 * kChannels>(v[1], v[3]);
+    swap_blocks<T, kChannels>(v[0], v[1]);
+    swap_blocks<T, kChannels>(v[2], v[3]);
+    X_ROPE_CLS_UNROLL
+    for (int i = 0; i < kQuad; ++i) store<T>(quad + i * kLanes<T>, v[i]);
+  }
+}
 // `count` rows, a multiple of four, `stride` apart.
 template <typename T>
 void rows_to_quads(const T* rows, int64_t stride, int64_t count, int64_t width, T* quads) {
-  constexpr int kChannels = kQuadChannels<T>;
-  for (int64_t first = 0; first < count; first += kQuad) {
-    T* to = quads + first / kQuad * quad_stride<T>(width);
-    for (int64_t c = 0; c < width; c += kChannels) {
-      for (int64_t r = first; r < first + kQuad; ++r, to += kChannels) {
-        __builtin_memcpy(to, rows + r * stride + c, kChannels * sizeof(T));
-      }
+  if constexpr (fills_quads<T>(kQuad)) {
+    for (int64_t r = 0; r < count; r += kQuad, quads += quad_stride<T>(width)) {
+      const T* const four = rows + r * stride;
+      rows_to_quad<T>({four, four + stride, four + 2 * stride, four + 3 * stride}, width, quads);
     }
   }
 }

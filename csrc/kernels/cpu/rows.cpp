@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "lane_rows.h"
 #include "pooling_grads.h"
+#include "quad_rows.h"
 #include "tasks.h"
 
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
@@ -18,6 +19,7 @@ constexpr int64_t kMatrixRows = 32;          // of a transposed matrix, a task
 constexpr int64_t kMatrixColumns = 128;      // of one that is not, a task
 constexpr int64_t kOuterRows = 24;           // of a sum of outer products, a task
 constexpr int64_t kLaneRows = 64;            // for fewer, turning the matrix does not pay
+constexpr int64_t kQuadRows = 12;            // for fewer, or with many registers, fours do not pay
 constexpr int64_t kShortestRun = 4;          // of rows that are read where they are
 constexpr double kRowsFlopsPerWorker = 2e5;  // less work is not worth another thread
 
@@ -62,11 +64,39 @@ void pack_group(const HeadRows& rows, const RowGroups& by, int64_t group, int64_
   }
 }
 
+// The same as quad_rows.h has them; `four`: room for as many rows, null if they can be read in
+// place.
+template <typename S, typename T>
+void pack_quads(const HeadRows& rows, const RowGroups& by, int64_t group, int64_t channels,
+                int64_t width, T* four, T* quads) {
+  if constexpr (fills_quads<T>(kQuad)) {
+    const int64_t count = rows_of_group(by);
+    for (int64_t r = 0; r < count; r += kQuad, quads += quad_stride<T>(width)) {
+      const T* from[kQuad];
+      for (int64_t i = 0; i < kQuad; ++i) {
+        const S* row = row_at<const S>(rows, by, group, r + i);
+        if constexpr (__is_same(S, T)) {
+          if (four == nullptr) {
+            from[i] = row;
+            continue;
+          }
+        }
+        T* const to = four + i * width;
+        load_row(row, 1, channels, to);
+        for (int64_t c = channels; c < width; ++c) to[c] = T{0};
+        from[i] = to;
+      }
+      rows_to_quad<T>(from, width, quads);
+    }
+  }
+}
+
 // What products are made of: the storage type where there are dot products of it.
 template <typename S>
 struct RowsScratch {
   using T = Compute<S>;
   char* rows;     // of a group, packed, as T or as S
+  T* four;        // rows on their way to quads; null where they are read in place
   char* matrix;   // a part of the matrix, as T
   T* panels;      // and turned, as those of lane_rows.h
   T* sums;        // (rows of a group, columns of a task padded)
@@ -81,6 +111,7 @@ struct RowsPlan {
   bool dots;       // products of bfloat16 as it is
   bool in_place;   // the matrix needs no conversion
   bool lanes;      // columns of a transposed matrix are lanes
+  bool quads;      // rows are packed in fours
   RowRun run;      // rows that need none are read where they are; count 0: they are packed
   int64_t workers;
 };
@@ -101,6 +132,8 @@ RowsPlan make_rows_plan(const RowsProductParams& p, int64_t most_workers) {
     if (plan.run.count < min_of(plan.rows, kShortestRun)) plan.run.count = 0;
   }
   plan.lanes = p.transposed && !plan.dots && plan.rows >= kLaneRows;
+  plan.quads = p.transposed && !plan.dots && !plan.lanes && !kManyRegisters &&
+               fills_quads<T>(plan.rows) && plan.rows >= kQuadRows;
   plan.part = p.transposed ? kMatrixRows : kMatrixColumns;
   plan.parts = ceil_div(p.columns, plan.part);
   plan.stride = plan.part + kLanes<T>;
@@ -111,14 +144,20 @@ RowsPlan make_rows_plan(const RowsProductParams& p, int64_t most_workers) {
 }
 
 template <typename S>
-RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, Arena& arena) {
+RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, int64_t inner, Arena& arena) {
   using T = Compute<S>;
   auto* scratch = arena.take<RowsScratch<S>>(plan.workers);
   const int64_t size = plan.dots ? sizeof(S) : sizeof(T);
   const int64_t block = plan.in_place ? 0 : plan.part * plan.inner;
+  const bool in_place = __is_same(S, T) && inner == plan.inner;  // rows
   for (int64_t i = 0; i < plan.workers; ++i) {
     RowsScratch<S> s{};
-    s.rows = arena.take<char>(plan.run.count > 0 ? 0 : plan.rows * plan.inner * size);
+    if (plan.quads) {
+      s.rows = arena.take<char>(quad_rows_size<T>(plan.rows, plan.inner) * size);
+      if (!in_place) s.four = arena.take<T>(kQuad * plan.inner);
+    } else {
+      s.rows = arena.take<char>(plan.run.count > 0 ? 0 : plan.rows * plan.inner * size);
+    }
     s.matrix = arena.take<char>(block * static_cast<int64_t>(sizeof(T)));
     s.panels = arena.take<T>(plan.lanes ? lane_rows_size<T>(plan.part, plan.inner) : 0);
     s.sums = arena.take<T>(plan.rows * plan.stride);
@@ -195,6 +234,10 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
         read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
     if constexpr (__is_same(U, T)) {
       if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
+      if (plan.quads) {
+        const T* const quads = reinterpret_cast<const T*>(s.rows);
+        return quad_rows(quads, plan.rows, x, plan.inner, next, s.sums, plan.stride);
+      }
     }
     const int64_t odd = next + x.stride;
     for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
@@ -239,8 +282,12 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
   const int64_t count = min_of(plan.part, p.columns - first);
   const auto run = [&](auto type) {
     using U = decltype(type);
-    if (plan.run.count == 0 && s.group != group) {
-      pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, reinterpret_cast<U*>(s.rows));
+    if ((plan.quads || plan.run.count == 0) && s.group != group) {
+      U* const rows = reinterpret_cast<U*>(s.rows);
+      if constexpr (__is_same(U, T)) {
+        if (plan.quads) pack_quads<S>(p.rows, p.by, group, p.inner, plan.inner, s.four, rows);
+      }
+      if (!plan.quads) pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, rows);
       s.group = group;
     }
     rows_product_part<S, U>(p, plan, group, static_cast<const S*>(p.matrix) + start, count, next,
@@ -260,7 +307,7 @@ template <typename S>
 void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, void* workspace) {
   const RowsPlan plan = make_rows_plan<S>(p, parallel.workers);
   Arena arena{static_cast<char*>(workspace), 0};
-  RowsScratch<S>* scratch = take_rows_scratch<S>(plan, arena);
+  RowsScratch<S>* scratch = take_rows_scratch<S>(plan, p.inner, arena);
   if (plan.rows == 0) return;
   run_in_runs(parallel, plan.workers, p.by.groups * plan.parts,
               [&](int64_t first, int64_t last, int64_t worker) {
@@ -357,7 +404,7 @@ int64_t rows_product_workspace(const RowsProductParams& params, int64_t workers)
   with_storage_type(params.by.dtype, [&](auto type) {
     using S = decltype(type);
     Arena arena{nullptr, 0};
-    take_rows_scratch<S>(make_rows_plan<S>(params, workers), arena);
+    take_rows_scratch<S>(make_rows_plan<S>(params, workers), params.inner, arena);
     bytes = arena.used;
   });
   return bytes;

@@ -1,0 +1,134 @@
+"""Feed-forward layers that take tokens in pieces, beside x-transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from x_transformers import Encoder as XEncoder
+from x_transformers.x_transformers import FeedForward
+
+import x_rope_cls
+from x_rope_cls.xt import feed_forward
+from x_rope_cls.xt.feed_forward import PiecewiseFeedForward
+
+DIM = 16
+OPTIONS = (
+    {},
+    {"mult": 2, "no_bias": True},
+    {"glu": True, "swish": True, "glu_mult_bias": True},
+    {"relu_squared": True, "post_act_ln": True},
+    {"solu": True},
+    {"dim_out": 24, "dropout": 0.1, "sublayer_dropout": 0.2},
+    {"custom_activation": nn.Identity()},
+)
+
+
+class Rows:
+    """How many tokens each call of a linear layer has got."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def most(self) -> int:
+        most = max(self.seen)
+        self.seen.clear()
+        return most
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """Pieces of 4 KB, and what layers get."""
+    found = Rows()
+    forward = nn.Linear.forward
+
+    def watched(self: nn.Linear, x: Tensor) -> Tensor:
+        found.seen.append(x.shape[:-1].numel())
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", watched)
+    monkeypatch.setattr(feed_forward, "_PIECE_BYTES_PER_THREAD", max(1, 4096 // torch.get_num_threads()))
+    return found
+
+
+def both(**options: Any) -> tuple[FeedForward, PiecewiseFeedForward]:
+    theirs = FeedForward(DIM, **options).eval()
+    ours = FeedForward(DIM, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    feed_forward.convert_feed_forwards(ours)
+    assert type(ours) is PiecewiseFeedForward
+    return theirs, ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("shape", [(2, 301, DIM), (1, 512, DIM), (997, DIM), (3, 2, 150, DIM)], ids=str)
+def test_pieces_are_the_whole(rows, options, dtype, shape):
+    theirs, ours = (module.to(dtype) for module in both(**options))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.inference_mode():
+        found = ours(x)
+        assert rows.most() <= x.shape[:-1].numel() // 2
+        expected = theirs(x)
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
+def test_any_strides(rows):
+    theirs, ours = both()
+    x = torch.randn(2 * DIM, 400, 3).transpose(0, 2)[..., ::2]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+        x = torch.randn(1, 1, DIM).expand(3, 400, DIM)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_whole_where_pieces_would_not_do(rows):
+    _, ours = both(dropout=0.5)
+    x = torch.randn(2, 300, DIM)
+
+    def most(run: Any) -> int:
+        run()
+        return rows.most()
+
+    with torch.no_grad():
+        assert most(lambda: ours(x)) < 600
+        assert most(lambda: ours(x, deep_embed=None)) < 600
+        assert most(lambda: ours(x, deep_embed=torch.ones(DIM))) == 600
+        assert most(lambda: ours(x[:, :8])) == 16  # so few are one piece
+        assert most(lambda: torch.vmap(ours)(x)) == 300
+        assert most(lambda: ours.train()(x)) == 600  # dropout draws as it did
+        ours.eval()
+        handle = ours.ff[-2].register_forward_hook(lambda *_: None)
+        assert most(lambda: ours(x)) == 600
+        handle.remove()
+        ours.ff[0][1] = nn.Softmax(dim=1)  # over the tokens, for all that is known
+        assert most(lambda: ours(x)) == 600
+    ours.ff[0][1] = nn.GELU()
+    assert most(lambda: ours(x)) == 600  # gradients
+
+
+def test_no_other_class_is_converted():
+    class Own(FeedForward):
+        pass
+
+    model = nn.ModuleList([Own(DIM), nn.Linear(DIM, DIM)])
+    feed_forward.convert_feed_forwards(model)
+    assert type(model[0]) is Own
+
+
+def test_an_encoder_in_pieces(rows):
+    options = {"dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16, "rotary_pos_emb": True}
+    theirs = XEncoder(**options).eval()
+    ours = x_rope_cls.Encoder(**options, cls_rope="rotate", num_prefix_tokens=1).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 200, 32)
+    with torch.inference_mode():
+        expected = theirs(x)
+        rows.seen.clear()
+        torch.testing.assert_close(ours(x), expected)
+    wide = [seen for seen in rows.seen if seen < 400]
+    assert len(wide) > 2 * 2 * 2  # both layers of each of two blocks, in more than two pieces
