@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quick=parsed.quick,
         cold=parsed.cold,
         tiny=parsed.tiny,
-        minutes=parsed.minutes or (0.01 if parsed.tiny else 1.5 if parsed.quick else 12.0),
+        minutes=parsed.minutes or (0.01 if parsed.tiny else 1.5 if parsed.quick else 11.0),
         limit_seconds=0.02 if parsed.tiny else 0.3,
         out=parsed.out,
         command=" ".join(["python -m benchmarks", *given]),
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="print the rows and stop")
     parser.add_argument("--cold", action="store_true", help="empty the caches in front of every call")
-    parser.add_argument("--minutes", type=_positive(float), help="for everything (default: 12, quick 1.5)")
+    parser.add_argument("--minutes", type=_positive(float), help="for everything (default: 11, quick 1.5)")
     parser.add_argument("--threads", type=_positive(int), help="default: one for each processor")
     parser.add_argument("--no-pin", action="store_true", help="let threads move between processors")
     parser.add_argument("--out", type=Path, default=Path("bench-output"), metavar="DIR", help="default: %(default)s")
