@@ -71,7 +71,7 @@ void rows_to_quads(const T* rows, int64_t stride, int64_t count, int64_t width, 
 // The channels at p for each of four rows.
 template <typename T>
 X_ROPE_CLS_INLINE Vec<T> load_repeated(const T* p) {
-  constexpr int kBytes = kQuadChannels<T> * static_cast<int>(sizeof(T));
+  constexpr int64_t kBytes = kQuadChannels<T> * static_cast<int64_t>(sizeof(T));
 #ifdef __AVX512F__
   if constexpr (kBytes == 16) {
     const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -191,7 +191,7 @@ void quad_pass(const T* quads, int64_t quads_stride, const TokenBlock<T>& x, int
     constexpr int kTokens = decltype(count)::value;
     for (; n + kTokens <= last; n += kTokens) {
       const T* const from = x.data + n * x.stride;
-      const bool more = near && n + 2 * kTokens <= x.tokens;
+      const bool more = near && n + int64_t{2} * kTokens <= x.tokens;
       const Fetch fetch{more ? kTokens * x.stride : 0, far};
       const auto tile = more || far != 0 ? quad_tile<T, kQuads, kTokens, true>
                                          : quad_tile<T, kQuads, kTokens, false>;
