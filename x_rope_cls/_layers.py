@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,6 +51,20 @@ def token_norm(module: nn.Module, channels: int, dtype: torch.dtype) -> TokenNor
         eps = torch.finfo(dtype).eps if module.eps is None else module.eps
         return TokenNorm("rms", module.weight, None, eps)  # type: ignore[arg-type]
     return None
+
+
+def linear_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The weights of linear layers as :func:`is_linear` has them, without bias; None if one is something else."""
+    weights = []
+    for module in modules:
+        if type(module).forward is not nn.Linear.forward or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        parameters = module._parameters
+        weight = parameters.get("weight")
+        if type(weight) not in (Tensor, nn.Parameter) or parameters.get("bias") is not None:
+            return None
+        weights.append(weight)
+    return weights  # type: ignore[return-value]
 
 
 def is_linear(module: nn.Module) -> bool:

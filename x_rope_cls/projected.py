@@ -64,7 +64,10 @@ def serves(x: Tensor, q: Tensor, weights: Weights, rows: int) -> bool:
 
 
 def _all_plain(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> bool:
-    return all([t is None or (type(t) in _PLAIN and t.dtype == dtype and t.numel() > 0) for t in tensors])  # noqa: C419
+    for t in tensors:  # noqa: SIM110 (one call in Python less)
+        if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or t.numel() == 0):
+            return False
+    return True
 
 
 def pool_projected(

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..pooling import ordinary_reasons
+from .view import View
 
+_BIASES = ("data_dependent_alibi", "rel_proj_pos_bias")
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
 
 
@@ -43,11 +45,12 @@ def absorbed_reasons(
 
 def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool = False) -> tuple[str, ...]:
     """Options of an Attention of x-transformers for which keys and values have to be formed, whatever the call."""
-    attend = attention.attend
-    biased = _has(attention, "data_dependent_alibi") or _has(attention, "rel_proj_pos_bias")
+    children = attention.__dict__.get("_modules")  # sooner than by nn.Module.__getattr__; a View has none
+    attend = attention.attend if children is None else children["attend"]
+    biased = _any_set(attention, _BIASES)
     reasons = ordinary_reasons(
-        key_norm=attention.qk_norm or _has(attention, "k_rmsnorm"),
-        value_norm=attention.laser or _has(attention, "value_rmsnorm"),
+        key_norm=attention.qk_norm or _any_set(attention, ("k_rmsnorm",)),
+        value_norm=attention.laser or _any_set(attention, ("value_rmsnorm",)),
         key_memory=not memory_apart and bool(attention.num_mem_kv or attend.add_zero_kv or attend.head_learned_sink),
         position_bias=attend.l2_distance or (biased and not late_cls),
         attn_mask=attention.max_attend_past is not None and not late_cls,
@@ -57,7 +60,7 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
     if attention.use_latent_kv:
         reasons += ("attn_use_latent_kv makes keys and values from latents",)
     for name in ("to_k", "to_v"):
-        module = getattr(attention, name)
+        module = getattr(attention, name) if children is None else children[name]
         if type(module) is not nn.Linear:
             reasons += (f"{name} is a {type(module).__name__}, not a Linear",)
         elif module._forward_hooks or module._forward_pre_hooks:
@@ -70,9 +73,20 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
 
 def is_plain(attention: Any) -> bool:
     """Whether queries are one projection and the result nothing but an output projection: no gates, no scales."""
-    return not any([_has(attention, name) for name in _GATES])  # noqa: C419 (a generator takes longer than the checks)
+    return not _any_set(attention, _GATES)
 
 
-def _has(attention: Any, name: str) -> bool:
-    value = getattr(attention, name, None)  # not there in older versions
-    return value is not None and value is not False
+def _any_set(module: Any, names: tuple[str, ...]) -> bool:
+    """Whether one of the attributes is there (older versions lack some) and neither None nor False.
+
+    Looked up by hand: nn.Module.__getattr__ is a call in Python for each of them.
+    """
+    if isinstance(module, View):
+        values = [getattr(module, name, None) for name in names]
+        return any([value is not None and value is not False for value in values])  # noqa: C419
+    own, children, kind = module.__dict__, module._modules, type(module)
+    for name in names:
+        value = own[name] if name in own else children[name] if name in children else getattr(kind, name, None)
+        if value is not None and value is not False:
+            return True
+    return False

@@ -14,7 +14,7 @@ from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention
 
 from .._checks import check_count
-from .._layers import is_linear
+from .._layers import linear_weights
 from ..pool_layer import pool_layer
 from ..pooling import pool_attention
 from ..projected import Weights
@@ -159,7 +159,7 @@ class AttentionPool(XAttentionPool):
 
     def _runs_plain(self) -> bool:
         """Whether the pooler is an attention of which projections and softmax are all there is."""
-        pooler = self.pooler
+        pooler = self._modules["pooler"]
         if not isinstance(pooler, Attention) or pooler._forward_hooks or pooler._forward_pre_hooks:
             return False
         return is_plain(pooler) and not option_reasons(pooler)
@@ -167,8 +167,9 @@ class AttentionPool(XAttentionPool):
     def _pool(
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
-        attention = self.pooler
-        attend, to_q, to_out = attention.attend, attention.to_q, attention.to_out
+        attention = self._modules["pooler"]
+        children = attention._modules  # sooner than by nn.Module.__getattr__
+        attend = children["attend"]
         options: dict[str, Any] = {
             "key_mask": mask,
             "scale": attend.scale,
@@ -176,11 +177,12 @@ class AttentionPool(XAttentionPool):
             "head_order": "cyclic",
             "need_weights": need_weights,
         }
-        if is_linear(to_q) and is_linear(to_out) and to_q.bias is None and to_out.bias is None:
-            weights = Weights(attention.to_k.weight, attention.to_v.weight, to_q.weight, to_out.weight)
-            pooled = pool_layer(context, queries, weights, heads=attention.heads, **options)
+        weights = linear_weights((children["to_k"], children["to_v"], children["to_q"], children["to_out"]))
+        if weights is not None:
+            pooled = pool_layer(context, queries, Weights(*weights), heads=attention.heads, **options)
             out = pooled.out
         else:
+            to_q, to_out = children["to_q"], children["to_out"]
             q = to_q(queries if queries.dim() == 3 else queries[None]).unflatten(-1, (attention.heads, -1))
             pooled = pool_attention(context, q, attention.to_k.weight, attention.to_v.weight, **options)
             out = to_out(pooled.out.flatten(2))
