@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import x_rope_cls
 
@@ -316,6 +317,26 @@ def test_replaced_projection_is_called():
     assert option_reasons(ours.pooler) == ("to_k is a Sequential, not a Linear",)
     theirs, _ = make_pair({})
     theirs.pooler.to_k = nn.Sequential(theirs.pooler.to_k, nn.Tanh())
+    torch.testing.assert_close(ours(context), theirs(context), rtol=1e-5, atol=1e-5)
+
+
+class _Shift(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return 3 * t + 1
+
+
+@pytest.mark.parametrize("changed", ["bias", "parametrized bias", "parametrized weight"])
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out"])
+def test_projections_that_are_more_than_a_weight(name, changed):
+    """x-transformers makes none with a bias, but a model may have put one there."""
+    pair = make_pair({})
+    context, _ = make_inputs({})
+    layer = nn.Linear(DIM, DIM).to(context.dtype)
+    for pool in pair:
+        setattr(pool.pooler, name, copy.deepcopy(layer))
+        if changed != "bias":
+            register_parametrization(getattr(pool.pooler, name), changed.split()[1], _Shift())
+    theirs, ours = pair
     torch.testing.assert_close(ours(context), theirs(context), rtol=1e-5, atol=1e-5)
 
 

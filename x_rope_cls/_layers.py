@@ -53,25 +53,30 @@ def token_norm(module: nn.Module, channels: int, dtype: torch.dtype) -> TokenNor
     return None
 
 
-def linear_weights(modules: Sequence[nn.Module]) -> list[Tensor] | None:
-    """The weights of linear layers as :func:`is_linear` has them, without bias; None if one is something else."""
+def linear_weights(modules: Sequence[nn.Module], *, bias: bool = False) -> list[Tensor] | None:
+    """The weights of modules that multiply by them and do nothing else; None if one of the modules is another.
+
+    Args:
+        modules: of any class. Adapters, quantisation, hooks and DTensors are respected: None.
+        bias: whether they may add a bias, which is not returned.
+    """
     weights = []
     for module in modules:
         if type(module).forward is not nn.Linear.forward or module._forward_hooks or module._forward_pre_hooks:
             return None
-        parameters = module._parameters
-        weight = parameters.get("weight")
-        if type(weight) not in (Tensor, nn.Parameter) or parameters.get("bias") is not None:
+        own = module._parameters  # sooner than by nn.Module.__getattr__; a parametrization takes them out
+        weight = own["weight"] if "weight" in own else module.weight  # noqa: SIM401 (not looked up in vain)
+        if type(weight) not in (Tensor, nn.Parameter):
+            return None
+        if not bias and (own["bias"] if "bias" in own else module.bias) is not None:  # noqa: SIM401
             return None
         weights.append(weight)
     return weights  # type: ignore[return-value]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by its weight and does nothing else: no adapter, quantisation, hook or DTensor."""
-    if type(module).forward is not nn.Linear.forward or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    return type(module.weight) in (Tensor, nn.Parameter)
+    """Whether a module is one that :func:`linear_weights` knows, with or without a bias."""
+    return linear_weights((module,), bias=True) is not None
 
 
 class Mlp(nn.Module):

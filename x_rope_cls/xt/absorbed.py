@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ..pooling import ordinary_reasons
-from .view import View
 
 _BIASES = ("data_dependent_alibi", "rel_proj_pos_bias")
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
@@ -65,6 +64,8 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
             reasons += (f"{name} is a {type(module).__name__}, not a Linear",)
         elif module._forward_hooks or module._forward_pre_hooks:
             reasons += (f"{name} has hooks",)
+        elif (module._parameters["bias"] if "bias" in module._parameters else module.bias) is not None:  # noqa: SIM401
+            reasons += (f"{name} has a bias",)
     if attend._forward_hooks or attend._forward_pre_hooks:
         reasons += ("attend has hooks",)
     composite: tuple[str, ...] = attend.composite_reasons
@@ -77,16 +78,11 @@ def is_plain(attention: Any) -> bool:
 
 
 def _any_set(module: Any, names: tuple[str, ...]) -> bool:
-    """Whether one of the attributes is there (older versions lack some) and neither None nor False.
-
-    Looked up by hand: nn.Module.__getattr__ is a call in Python for each of them.
-    """
-    if isinstance(module, View):
-        values = [getattr(module, name, None) for name in names]
-        return any([value is not None and value is not False for value in values])  # noqa: C419
-    own, children, kind = module.__dict__, module._modules, type(module)
-    for name in names:
-        value = own[name] if name in own else children[name] if name in children else getattr(kind, name, None)
+    """Whether one of the attributes is there (older versions lack some) and neither None nor False."""
+    own = module.__dict__
+    children = own.get("_modules", ())  # a View has none
+    for name in names:  # sooner than by nn.Module.__getattr__, a call in Python for each of them
+        value = own[name] if name in own else children[name] if name in children else getattr(module, name, None)
         if value is not None and value is not False:
             return True
     return False

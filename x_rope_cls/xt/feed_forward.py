@@ -20,7 +20,10 @@ _TOKENWISE |= {getattr(xt, name) for name in _OWN if hasattr(xt, name)}
 
 
 class PiecewiseFeedForward(FeedForward):
-    """FeedForward that never holds the hidden states of all tokens on a CPU, unless gradients may be wanted.
+    """FeedForward that takes many tokens on a CPU in pieces where no gradients are wanted.
+
+    So the hidden states of all of them are never there at once. Only layers that are known to treat tokens alike,
+    without hooks, and no deep_embed; everything else is x-transformers' own forward.
 
     A subclass without state of its own: a module becomes one by assigning its ``__class__``.
     """
