@@ -150,12 +150,6 @@ def check_pool(op: str, a: PoolArguments) -> None:
         _refuse(op, "x", f"of at most {_MOST_TOKENS} tokens", str(tokens))
     if channels < 1:
         _refuse(op, "channels of x", "at least 1", str(channels))
-    _check_dtype(op, "query", a.query, a.x.dtype)
-    _check_device(op, "query", a.query, a.x)
-    fits = a.query.dim() == 4 and a.query.shape[3] == channels
-    if not fits or (a.query.shape[0] != 1 and a.query.shape[0] != batch):
-        expected = f"of shape (batch, heads, queries, channels) with batch {batch} or 1 and {channels} channels"
-        _refuse(op, "query", expected, _shape_text(a.query.shape))
     if a.key_mask is not None:
         _check_like(op, "key_mask", a.key_mask, torch.bool, a.x, (batch, tokens))
     for what, t in (("norm_weight", a.norm_weight), ("norm_bias", a.norm_bias)):
@@ -169,6 +163,12 @@ def check_pool(op: str, a: PoolArguments) -> None:
         _refuse(op, "scale", "finite", f"{a.scale:g}")
     if not 0 <= a.norm_eps < math.inf:
         _refuse(op, "norm_eps", "finite and at least 0", f"{a.norm_eps:g}")
+    _check_dtype(op, "query", a.query, a.x.dtype)
+    _check_device(op, "query", a.query, a.x)
+    fits = a.query.dim() == 4 and a.query.shape[3] == channels
+    if not fits or (a.query.shape[0] != 1 and a.query.shape[0] != batch):
+        expected = f"of shape (batch, heads, queries, channels) with batch {batch} or 1 and {channels} channels"
+        _refuse(op, "query", expected, _shape_text(a.query.shape))
 
 
 def check_pool_backward(a: PoolArguments, grad: Tensor, grad_lse: Tensor | None, pooled: Tensor, lse: Tensor) -> None:

@@ -107,15 +107,15 @@ def pool_projected(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         out, lse = _apply(*arguments)
     else:
-        out, _, _, _, lse, _ = _forward(*arguments)
+        out, lse, _ = _forward(*arguments)
     return out, lse
 
 
 class _PoolProjected(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, projected_q, folded, pooled, lse, merged = _forward(*args)
-        ctx.save_for_backward(projected_q, folded, pooled, lse, merged, *args[:9])
+        out, lse, saved = _forward(*args)
+        ctx.save_for_backward(lse, saved, *args[:9])
         ctx.options = args[9:]
         ctx.shape = out.shape
         ctx.set_materialize_grads(False)
@@ -136,7 +136,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[
     saved = ctx.saved_tensors
     needs = ctx.needs_input_grad
     if grad is None:
-        grad = saved[5].new_zeros(ctx.shape)
+        grad = saved[1].new_zeros(ctx.shape)
     need_weights = needs[2] or needs[3] or needs[4] or needs[5]
     gradients = _backward(grad, grad_lse, *saved, *ctx.options, needs[0], need_weights)
     dx, dq, dk, dv, dq_weight, dout, dweight, dbias = gradients

@@ -303,23 +303,13 @@ void check_attention_backward(const AttentionArguments& a, const AttentionGradie
   }
 }
 
-void check_pool(const std::string& op, const PoolArguments& a) {
+void check_pool_tokens(const std::string& op, const PoolTokens& a) {
   if (a.x.dim() != 3) refuse(op, "x", "of shape (batch, tokens, channels)", shape_text(a.x));
   if (!is_floating(a.x)) refuse(op, "x", kFloating, dtype_text(a.x.scalar_type()));
   const int64_t batch = a.x.size(0);
   const int64_t channels = a.x.size(2);
   check_token_count(op, "x", a.x.size(1));
   if (channels < 1) refuse(op, "channels of x", "at least 1", text(channels));
-  check_dtype(op, "query", a.query, a.x.scalar_type());
-  check_device(op, "query", a.query, a.x);
-  const bool fits = a.query.dim() == 4 && a.query.size(3) == channels &&
-                    (a.query.size(0) == 1 || a.query.size(0) == batch);
-  if (!fits) {
-    refuse(op, "query",
-           "of shape (batch, heads, queries, channels) with batch " + text(batch) + " or 1 and " +
-               text(channels) + " channels",
-           shape_text(a.query));
-  }
   if (a.key_mask) {
     check_like(op, "key_mask", *a.key_mask, ScalarType::Bool, a.x, {batch, a.x.size(1)});
   }
@@ -337,11 +327,27 @@ void check_pool(const std::string& op, const PoolArguments& a) {
   }
 }
 
-void check_pool_backward(const PoolArguments& a, const Tensor& grad, const OptionalTensor& grad_lse,
-                         const Tensor& pooled, const Tensor& lse) {
+void check_pool(const std::string& op, const PoolTokens& a, const Tensor& query) {
+  check_pool_tokens(op, a);
+  check_dtype(op, "query", query, a.x.scalar_type());
+  check_device(op, "query", query, a.x);
+  const int64_t batch = a.x.size(0);
+  const int64_t channels = a.x.size(2);
+  const bool fits = query.dim() == 4 && query.size(3) == channels &&
+                    (query.size(0) == 1 || query.size(0) == batch);
+  if (!fits) {
+    refuse(op, "query",
+           "of shape (batch, heads, queries, channels) with batch " + text(batch) + " or 1 and " +
+               text(channels) + " channels",
+           shape_text(query));
+  }
+}
+
+void check_pool_backward(const PoolTokens& a, const Tensor& query, const Tensor& grad,
+                         const OptionalTensor& grad_lse, const Tensor& pooled, const Tensor& lse) {
   const std::string op = "late_cls_pool_backward";
-  check_pool(op, a);
-  const std::vector<int64_t> rows{a.x.size(0), a.query.size(1), a.query.size(2)};
+  check_pool(op, a, query);
+  const std::vector<int64_t> rows{a.x.size(0), query.size(1), query.size(2)};
   const std::vector<int64_t> shape{rows[0], rows[1], rows[2], a.x.size(2)};
   check_like(op, "grad", grad, a.x.scalar_type(), a.x, shape);
   if (grad_lse) check_like(op, "grad_lse", *grad_lse, compute_type(a.x), a.x, rows);

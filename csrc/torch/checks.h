@@ -33,9 +33,9 @@ struct AttentionArguments {
   double dropout_p;
 };
 
-struct PoolArguments {
+// Of pooling, all but the queries.
+struct PoolTokens {
   const Tensor& x;
-  const Tensor& query;
   const OptionalTensor& key_mask;
   const OptionalTensor& norm_weight;
   const OptionalTensor& norm_bias;
@@ -65,8 +65,9 @@ void check_rope_table_grad(const Tensor& grad, const Tensor& x, const Tensor& co
                            const OptionalTensor& rotate);
 void check_attention(const std::string& op, const AttentionArguments& a);
 void check_attention_backward(const AttentionArguments& a, const AttentionGradients& g);
-void check_pool(const std::string& op, const PoolArguments& a);
-void check_pool_backward(const PoolArguments& a, const Tensor& grad, const OptionalTensor& grad_lse,
-                         const Tensor& pooled, const Tensor& lse);
+void check_pool_tokens(const std::string& op, const PoolTokens& a);
+void check_pool(const std::string& op, const PoolTokens& a, const Tensor& query);
+void check_pool_backward(const PoolTokens& a, const Tensor& query, const Tensor& grad,
+                         const OptionalTensor& grad_lse, const Tensor& pooled, const Tensor& lse);
 
 }  // namespace x_rope_cls::ops

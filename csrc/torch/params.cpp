@@ -1,6 +1,7 @@
 #include "params.h"
 
-#include <optional>
+#include <algorithm>
+#include <array>
 
 #include "backend.h"
 
@@ -28,6 +29,23 @@ Tensor4 view_of(const Tensor& t) {
 }
 
 namespace {
+
+constexpr size_t kMostDims = 4;  // of tensors that the operators make
+
+int32_t shim_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return aoti_torch_dtype_float64();
+    case ScalarType::BFloat16:
+      return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
+    default:
+      return aoti_torch_dtype_float32();
+  }
+}
 
 // Stride of the axis that is `from_end` from the end, 0 where it is missing or broadcast.
 int64_t broadcast_stride(const Tensor& t, int64_t from_end) {
@@ -57,8 +75,23 @@ RotaryTable table_of(const Tensor& cos, const Tensor& sin, const OptionalTensor&
   return t;
 }
 
+// Past torch::stable::empty, which looks the operator up by its name for each tensor.
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
+  std::array<int64_t, kMostDims> strides{};
+  const auto dims = static_cast<int64_t>(sizes.size());
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  int32_t device_type = 0;
+  int32_t device_index = 0;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes.data(), strides.data(), shim_dtype(dtype), device_type, device_index, &made));
+  return Tensor(made);
 }
 
 Tensor empty_heads_inside(const Tensor& like, int64_t batch, int64_t heads, int64_t tokens,

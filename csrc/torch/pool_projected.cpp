@@ -17,16 +17,29 @@ Tensor dense_channels(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// (batch, queries, heads, channels), and (batch, heads, queries, channels).
+// A given tensor (batch, queries, heads, channels).
 HeadRows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 // (queries, channels), or (batch, queries, ..), with all that follows as one row.
 HeadRows merged_rows(const Tensor& t) {
   if (t.dim() == 2) return {t.data_ptr(), 0, t.stride(0), 0};
   return {t.data_ptr(), t.stride(0), t.stride(1), 0};
 }
-HeadRows rows_by_head(const Tensor& t) {
-  return {t.data_ptr(), t.stride(0), t.stride(2), t.stride(1)};
-}
+
+// Parts of one tensor, one after the other, each on a cache line of its own.
+class Parts {
+ public:
+  // Elements from the start to a part of so many.
+  int64_t add(int64_t count) {
+    constexpr int64_t kLine = 64;  // elements: a line or more of any dtype
+    const int64_t first = size_;
+    size_ += (count + kLine - 1) / kLine * kLine;
+    return first;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
 
 // What one call is about, and its products.
 struct Projections {
@@ -37,6 +50,15 @@ struct Projections {
 
   Tensor empty(const std::vector<int64_t>& sizes) const {
     return empty_of(like, sizes, like.scalar_type());
+  }
+  // Dense rows: (batch, queries, heads, channels), the same with the heads as one row, and (batch,
+  // heads, queries, channels).
+  HeadRows by_token(void* data, int64_t row) const {
+    return {data, queries * heads * row, heads * row, row};
+  }
+  HeadRows as_one(void* data, int64_t row) const { return {data, queries * row, row, 0}; }
+  HeadRows heads_first(void* data) const {
+    return {data, heads * queries * channels, channels, queries * channels};
   }
   // Rows of the heads; all heads of a token as one row.
   RowGroups by_head(int64_t rows_batch) const {
@@ -102,6 +124,40 @@ Tensor outer_sums(const Projections& s, const RowGroups& by, const HeadRows& a, 
   return out;
 }
 
+// What the forward pass leaves for the backward pass.
+struct Saved {
+  Saved(const Projections& s, bool has_q_weight, bool has_out_weight) {
+    Parts parts;
+    const int64_t rows = s.query_batch * s.queries * s.heads;
+    const int64_t results = s.batch * s.queries * s.heads;
+    projected = parts.add(has_q_weight ? rows * s.key_dim : 0);
+    folded = parts.add(rows * s.channels);
+    pooled = parts.add(results * s.channels);
+    merged = parts.add(has_out_weight ? results * s.value_dim : 0);
+    size = parts.size();
+  }
+  int64_t projected;  // queries by token
+  int64_t folded;     // and what late_cls_pool takes of them, heads first
+  int64_t pooled;     // what it returns
+  int64_t merged;     // what out_weight is applied to, by token
+  int64_t size;
+};
+
+void* part_of(const Tensor& t, int64_t first) {
+  return static_cast<char*>(t.data_ptr()) + first * static_cast<int64_t>(t.element_size());
+}
+
+Tensor4 queries_of(const Projections& s, const HeadRows& rows) {
+  return {rows.data, s.query_batch == 1 ? 0 : rows.stride_b, rows.stride_h, rows.stride_n, 1};
+}
+
+void set_query(const Projections& s, void* folded, PoolParams& p) {
+  p.query_batch = s.query_batch;
+  p.heads = s.heads;
+  p.queries = s.queries;
+  p.query = queries_of(s, s.heads_first(folded));
+}
+
 }  // namespace
 
 Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weight,
@@ -112,31 +168,40 @@ Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weigh
   const ProjectedArguments a{x,        q,           k_weight,  v_weight, q_weight, out_weight,
                              key_mask, norm_weight, norm_bias, heads,    cyclic};
   const Projections s = check_projections("_pool_projected", a);
+  const PoolTokens tokens{x, key_mask, norm_weight, norm_bias, scale, norm, norm_eps};
+  check_pool_tokens("late_cls_pool", tokens);
   const Tensor given = dense_channels(q);
-  Tensor projected =
-      q_weight ? s.empty({s.query_batch, s.queries, heads, s.key_dim}) : s.empty({0});
+  const Saved at(s, q_weight.has_value(), out_weight.has_value());
+  Tensor saved = s.empty({at.size});
+  Tensor lse = empty_of(x, {s.batch, heads, s.queries}, compute_type(x));
+  Tensor out = out_weight ? s.empty({s.batch, s.queries, out_weight->size(0)})
+                          : s.empty({s.batch, s.queries, heads, s.value_dim});
+
+  void* const projected = part_of(saved, at.projected);
   if (q_weight) {
     multiply(s.merged(s.query_batch), merged_rows(given), q_weight->size(1), *q_weight, true,
-             merged_rows(projected), heads * s.key_dim);
+             s.as_one(projected, heads * s.key_dim), heads * s.key_dim);
   }
-  Tensor folded = s.empty({s.query_batch, heads, s.queries, s.channels});
-  multiply(s.by_head(s.query_batch), rows_of(q_weight ? projected : given), s.key_dim, k_weight,
-           false, rows_by_head(folded), s.channels);
-  auto [pooled, lse] =
-      late_cls_pool(x, folded, key_mask, norm_weight, norm_bias, scale, norm, norm_eps);
-  Tensor merged = s.empty({s.batch, s.queries, heads, s.value_dim});
-  multiply(s.by_head(s.batch), rows_by_head(pooled), s.channels, v_weight, true, rows_of(merged),
-           s.value_dim);
-  if (!out_weight) return {merged, projected, folded, pooled, lse, s.empty({0})};
-  Tensor out = s.empty({s.batch, s.queries, out_weight->size(0)});
-  multiply(s.merged(s.batch), merged_rows(merged), heads * s.value_dim, *out_weight, true,
-           merged_rows(out), out_weight->size(0));
-  return {out, projected, folded, pooled, lse, merged};
+  const HeadRows folded = s.heads_first(part_of(saved, at.folded));
+  multiply(s.by_head(s.query_batch), q_weight ? s.by_token(projected, s.key_dim) : rows_of(given),
+           s.key_dim, k_weight, false, folded, s.channels);
+  PoolInput input(tokens);
+  set_query(s, folded.data, input.params);
+  input.params.pooled = part_of(saved, at.pooled);
+  input.params.lse = lse.data_ptr();
+  run_pool_forward(input.params, x);
+  void* const merged = out_weight ? part_of(saved, at.merged) : out.data_ptr();
+  multiply(s.by_head(s.batch), s.heads_first(input.params.pooled), s.channels, v_weight, true,
+           s.by_token(merged, s.value_dim), s.value_dim);
+  if (out_weight) {
+    multiply(s.merged(s.batch), s.as_one(merged, heads * s.value_dim), heads * s.value_dim,
+             *out_weight, true, merged_rows(out), out_weight->size(0));
+  }
+  return {out, lse, saved};
 }
 
 ProjectedGradients pool_projected_backward(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& projected_q,
-    const Tensor& folded, const Tensor& pooled, const Tensor& lse, const Tensor& merged,
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& lse, const Tensor& saved,
     const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
     const OptionalTensor& q_weight, const OptionalTensor& out_weight,
     const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
@@ -146,54 +211,87 @@ ProjectedGradients pool_projected_backward(
   const ProjectedArguments a{x,        q,           k_weight,  v_weight, q_weight, out_weight,
                              key_mask, norm_weight, norm_bias, heads,    cyclic};
   const Projections s = check_projections(op, a);
+  const PoolTokens tokens{x, key_mask, norm_weight, norm_bias, scale, norm, norm_eps};
+  check_pool_tokens(op, tokens);
+  const Saved at(s, q_weight.has_value(), out_weight.has_value());
   const int64_t columns = out_weight ? out_weight->size(0) : s.value_dim;
   const int64_t dims = out_weight ? 3 : 4;
+  require(op, s.batch > 0, "x must have a batch");
   require(op,
           grad.dim() == dims && grad.size(0) == s.batch && grad.size(1) == s.queries &&
               (out_weight || grad.size(2) == heads) && grad.size(dims - 1) == columns &&
               grad.scalar_type() == x.scalar_type(),
           "grad must have the shape and dtype of the output");
+  const auto is_lse = [&](const Tensor& t) {
+    return t.dim() == 3 && t.size(0) == s.batch && t.size(1) == heads && t.size(2) == s.queries &&
+           t.scalar_type() == compute_type(x);
+  };
+  require(op, is_lse(lse) && lse.is_contiguous() && (!grad_lse || is_lse(*grad_lse)),
+          "lse and its gradient must be (batch, heads, queries), as the forward pass returned it");
+  require(op,
+          saved.dim() == 1 && saved.size(0) == at.size && saved.scalar_type() == x.scalar_type() &&
+              saved.is_contiguous(),
+          "saved must be what the forward pass returned");
   const RowGroups by_output = s.by_head(s.batch);
   const RowGroups by_query = s.by_head(s.query_batch);
   const Tensor given = dense_channels(q);
-  const Tensor& used = q_weight ? projected_q : given;
   // Of shape (0,) where it is not asked for.
   const auto weight_grad = [&](bool wanted, const RowGroups& by, const HeadRows& a,
                                int64_t a_columns, const HeadRows& b, int64_t b_columns) {
     return wanted ? outer_sums(s, by, a, a_columns, b, b_columns) : s.empty({0});
   };
+  Parts parts;
+  const int64_t at_merged = parts.add(s.batch * s.queries * heads * s.value_dim);
+  const int64_t at_pooled = parts.add(s.batch * s.queries * heads * s.channels);
+  const int64_t at_folded = parts.add(s.query_batch * s.queries * heads * s.channels);
+  const int64_t at_projected = parts.add(s.query_batch * s.queries * heads * s.key_dim);
+  const Tensor scratch = s.empty({parts.size()});
 
-  Tensor merged_grad = dense_channels(grad);
-  Tensor dout_weight =
-      weight_grad(need_weight_grads && out_weight, s.merged(s.batch), merged_rows(merged_grad),
-                  columns, out_weight ? merged_rows(merged) : HeadRows{}, heads * s.value_dim);
+  const Tensor out_grad = dense_channels(grad);
+  HeadRows merged_grad = rows_of(out_grad);
+  Tensor dout_weight = weight_grad(
+      need_weight_grads && out_weight, s.merged(s.batch), merged_rows(out_grad), columns,
+      s.as_one(part_of(saved, at.merged), heads * s.value_dim), heads * s.value_dim);
   if (out_weight) {
-    const Tensor out_grad = merged_grad;
-    merged_grad = s.empty({s.batch, s.queries, heads, s.value_dim});
+    merged_grad = s.by_token(part_of(scratch, at_merged), s.value_dim);
     multiply(s.merged(s.batch), merged_rows(out_grad), columns, *out_weight, false,
-             merged_rows(merged_grad), heads * s.value_dim);
+             s.as_one(merged_grad.data, heads * s.value_dim), heads * s.value_dim);
   }
-  Tensor pooled_grad = s.empty({s.batch, heads, s.queries, s.channels});
-  multiply(by_output, rows_of(merged_grad), s.value_dim, v_weight, false, rows_by_head(pooled_grad),
-           s.channels);
-  auto [dx, dfolded, dnorm_weight, dnorm_bias] =
-      late_cls_pool_backward(pooled_grad, grad_lse, x, folded, pooled, lse, key_mask, norm_weight,
-                             norm_bias, scale, norm, norm_eps, need_x_grad);
-  Tensor dq = s.empty({s.query_batch, s.queries, heads, s.key_dim});
-  multiply(by_query, rows_by_head(dfolded), s.channels, k_weight, true, rows_of(dq), s.key_dim);
-  Tensor dk_weight = weight_grad(need_weight_grads, by_query, rows_of(used), s.key_dim,
-                                 rows_by_head(dfolded), s.channels);
-  Tensor dv_weight = weight_grad(need_weight_grads, by_output, rows_of(merged_grad), s.value_dim,
-                                 rows_by_head(pooled), s.channels);
+  const HeadRows pooled_grad = s.heads_first(part_of(scratch, at_pooled));
+  multiply(by_output, merged_grad, s.value_dim, v_weight, false, pooled_grad, s.channels);
+
+  const HeadRows folded_grad = s.heads_first(part_of(scratch, at_folded));
+  const PoolInput input(tokens);
+  PoolBackwardParams g{};
+  g.forward = input.params;
+  set_query(s, part_of(saved, at.folded), g.forward);
+  g.forward.pooled = part_of(saved, at.pooled);
+  g.forward.lse = lse.data_ptr();
+  g.grad = {pooled_grad.data, pooled_grad.stride_b, pooled_grad.stride_h, pooled_grad.stride_n, 1};
+  g.dquery = folded_grad.data;
+  auto [dx, dnorm_weight, dnorm_bias] = make_gradients(tokens, grad_lse, need_x_grad, g);
+  run_pool_backward(g, x);
+
+  // Queries are leaves of their own, or the results of q_weight.
   const int64_t dim = given.size(given.dim() - 1);
-  Tensor dq_weight = weight_grad(need_weight_grads && q_weight, s.merged(s.query_batch),
-                                 merged_rows(dq), heads * s.key_dim, merged_rows(given), dim);
+  const std::vector<int64_t> sizes{s.query_batch, s.queries, dim};
+  Tensor dq = q_weight ? s.empty({sizes.begin() + (q.dim() == 2 ? 1 : 0), sizes.end()})
+                       : s.empty({s.query_batch, s.queries, heads, s.key_dim});
+  const HeadRows projected_grad =
+      s.by_token(q_weight ? part_of(scratch, at_projected) : dq.data_ptr(), s.key_dim);
+  const HeadRows projected =
+      q_weight ? s.by_token(part_of(saved, at.projected), s.key_dim) : rows_of(given);
+  multiply(by_query, folded_grad, s.channels, k_weight, true, projected_grad, s.key_dim);
+  Tensor dk_weight =
+      weight_grad(need_weight_grads, by_query, projected, s.key_dim, folded_grad, s.channels);
+  Tensor dv_weight = weight_grad(need_weight_grads, by_output, merged_grad, s.value_dim,
+                                 s.heads_first(part_of(saved, at.pooled)), s.channels);
+  const HeadRows grad_row = s.as_one(projected_grad.data, heads * s.key_dim);
+  Tensor dq_weight = weight_grad(need_weight_grads && q_weight, s.merged(s.query_batch), grad_row,
+                                 heads * s.key_dim, merged_rows(given), dim);
   if (q_weight) {
-    const Tensor projected_grad = dq;
-    const std::vector<int64_t> sizes{s.query_batch, s.queries, dim};
-    dq = s.empty({sizes.begin() + (q.dim() == 2 ? 1 : 0), sizes.end()});
-    multiply(s.merged(s.query_batch), merged_rows(projected_grad), heads * s.key_dim, *q_weight,
-             false, merged_rows(dq), dim);
+    multiply(s.merged(s.query_batch), grad_row, heads * s.key_dim, *q_weight, false,
+             merged_rows(dq), dim);
   }
   return {dx, dq, dk_weight, dv_weight, dq_weight, dout_weight, dnorm_weight, dnorm_bias};
 }
@@ -202,12 +300,11 @@ void define_pool_projected(torch::stable::detail::StableLibrary& m) {
   m.def(
       "_pool_projected(Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? q_weight, "
       "Tensor? out_weight, Tensor? key_mask, Tensor? norm_weight, Tensor? norm_bias, int heads, "
-      "bool cyclic, float scale, int norm, float norm_eps) -> "
-      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool cyclic, float scale, int norm, float norm_eps) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "_pool_projected_backward(Tensor grad, Tensor? grad_lse, Tensor projected_q, Tensor folded, "
-      "Tensor pooled, Tensor lse, Tensor merged, Tensor x, Tensor q, Tensor k_weight, "
-      "Tensor v_weight, Tensor? q_weight, Tensor? out_weight, Tensor? key_mask, "
+      "_pool_projected_backward(Tensor grad, Tensor? grad_lse, Tensor lse, Tensor saved, "
+      "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? q_weight, Tensor? out_weight, "
+      "Tensor? key_mask, "
       "Tensor? norm_weight, Tensor? norm_bias, int heads, bool cyclic, float scale, int norm, "
       "float norm_eps, bool need_x_grad, bool need_weight_grads) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

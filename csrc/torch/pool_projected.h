@@ -25,10 +25,9 @@ struct ProjectedArguments {
   bool cyclic;  // head h reads key head h % key_heads; else h / (heads / key_heads)
 };
 
-// out (batch, queries, heads, value_dim), or (.., out_dim) with out_weight; then what the
-// backward wants: projected queries (of shape (0,) without q_weight), folded ones, pooled and lse
-// of late_cls_pool, and what out_weight was applied to (likewise).
-using Projected = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// out (batch, queries, heads, value_dim), or (.., out_dim) with out_weight; lse of late_cls_pool;
+// and what else the backward wants, in one tensor.
+using Projected = std::tuple<Tensor, Tensor, Tensor>;
 Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weight,
                          const Tensor& v_weight, const OptionalTensor& q_weight,
                          const OptionalTensor& out_weight, const OptionalTensor& key_mask,
@@ -40,8 +39,7 @@ Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weigh
 using ProjectedGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 ProjectedGradients pool_projected_backward(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& projected_q,
-    const Tensor& folded, const Tensor& pooled, const Tensor& lse, const Tensor& merged,
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& lse, const Tensor& saved,
     const Tensor& x, const Tensor& q, const Tensor& k_weight, const Tensor& v_weight,
     const OptionalTensor& q_weight, const OptionalTensor& out_weight,
     const OptionalTensor& key_mask, const OptionalTensor& norm_weight,
