@@ -20,7 +20,7 @@ from xt_cases import VERSION, one_thread  # noqa: F401  (used by every test)
 
 from x_rope_cls.pooling import pool_attention
 from x_rope_cls.xt import few
-from x_rope_cls.xt.absorbed import absorbed_reasons, is_plain, option_reasons
+from x_rope_cls.xt.absorbed import absorbed_reasons, bare_weights, is_plain, option_reasons
 
 DIM = 24
 BASE: dict[str, Any] = {"dim": DIM, "heads": 3, "dim_head": 8}
@@ -124,6 +124,32 @@ def test_equals_x_transformers(isa, name, masked):
     assert_same(run(ours, context, *args), run(theirs, context, *args))
     plain = is_plain(ours.pooler) and not absorbed_reasons(ours.pooler, max(options.get("num_pooled_tokens", 1), 1))
     assert plain == (name in PLAIN)
+    bare = bare_weights(ours.pooler)
+    assert bare is None or name in PLAIN or name == "queries_too_many"
+    if name == "plain":
+        names = ("to_k", "to_v", "to_q", "to_out")
+        assert [id(w) for w in bare] == [id(getattr(ours.pooler, n).weight) for n in names]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        *(("", name, True) for name in ("qk_norm", "laser", "use_latent_kv", "head_scale")),
+        *(("", name, value) for name in ("max_attend_past",) for value in (0, 3)),
+        *(("", name, nn.Identity()) for name in ("to_v_gate", "k_rmsnorm", "value_rmsnorm", "rel_proj_pos_bias")),
+        ("", "num_mem_kv", 2),
+        *(("attend", name, True) for name in ("l2_distance", "add_zero_kv", "head_learned_sink")),
+        ("attend", "composite_reasons", ("another softmax",)),
+    ],
+)
+def test_options_set_later_are_seen(owner, name, value):
+    """By the quick look and by the thorough one."""
+    _, ours = make_pair({})
+    attention = ours.pooler
+    assert bare_weights(attention) is not None
+    setattr(attention.get_submodule(owner), name, value)
+    assert bare_weights(attention) is None
+    assert not is_plain(attention) or option_reasons(attention)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import projected
-from .pooling import HeadOrder, Pooled, ordinary_reasons, pool_attention
+from .pooling import HeadOrder, Pooled, costs_more, pool_attention
 
 
 def pool_layer(
@@ -40,23 +40,18 @@ def pool_layer(
     assert weights.q is not None
     assert weights.out is not None
     key_dim = weights.q.shape[0] // heads
-    key_heads = weights.k.shape[0] // key_dim
+    key_columns = weights.k.shape[0]
     count = queries.shape[-2]
-    rows = x.shape[0] * count * (heads // key_heads)
-    if not need_weights and dropout_p == 0 and projected.serves(x, queries, weights, rows):
-        reasons = ordinary_reasons(
-            queries=count,
-            heads=heads,
-            key_heads=key_heads,
-            key_dim=key_dim,
-            value_dim=weights.v.shape[0] // key_heads,
-            dtype=x.dtype,
-        )
-        if not reasons:
-            scale = key_dim**-0.5 if scale is None else scale
-            cyclic = head_order == "cyclic"
-            out, _ = projected.pool_projected(x, queries, weights, heads, cyclic, key_mask, None, scale)
-            return Pooled(out, None, None)
+    rows = x.shape[0] * count * (heads * key_dim // key_columns)
+    if (
+        not need_weights
+        and dropout_p == 0
+        and projected.serves(x, queries, weights, rows)
+        and not costs_more(heads * count, key_columns + weights.v.shape[0], x.dtype)
+    ):
+        scale = key_dim**-0.5 if scale is None else scale
+        out, _ = projected.pool_projected(x, queries, weights, heads, head_order == "cyclic", key_mask, None, scale)
+        return Pooled(out, None, None)
     q = F.linear(queries if queries.dim() == 3 else queries[None], weights.q)
     pooled = pool_attention(
         x,

@@ -110,7 +110,7 @@ def ordinary_reasons(
     reasons = [text for flag, text in zip(flags, _REASONS, strict=True) if flag] if any(flags) else []
     if key_dim is not None:
         columns = key_heads * (key_dim + (key_dim if value_dim is None else value_dim))
-        if heads * queries > _MOST_ROWS_PER_COLUMN.get(dtype, _MOST_ROWS_PER_COLUMN_HALF) * columns:
+        if costs_more(heads * queries, columns, dtype):
             reasons.append(
                 f"{queries} queries are too many for {heads} heads and {columns} channels of keys and values"
             )
@@ -190,6 +190,11 @@ def pool_attention(
     call = _Call(x, q, k_weight, v_weight, k_bias, v_bias, norm, key_norm, extra, key_mask, attn_mask, scale, dropout_p)
     run = _ordinary if reasons or form == "ordinary" else _absorbed
     return run(call, key_heads, head_order == "cyclic", return_lse, need_weights)
+
+
+def costs_more(rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether so many rows over tokens of a dtype cost more than forming keys and values of so many columns."""
+    return rows > _MOST_ROWS_PER_COLUMN.get(dtype, _MOST_ROWS_PER_COLUMN_HALF) * columns
 
 
 class _Call(NamedTuple):

@@ -25,8 +25,9 @@ _MOST_ROWS = 512  # of one key head: their products are for few rows
 # Tests that put other kernels in the place of the CPU's take it out.
 devices = {"cpu"}
 
-_forward = torch.ops.x_rope_cls._pool_projected.default
-_backward = torch.ops.x_rope_cls._pool_projected_backward.default
+# What OpOverload.__call__ calls, and nothing else: a call in Python less.
+_forward = torch.ops.x_rope_cls._pool_projected.default._op
+_backward = torch.ops.x_rope_cls._pool_projected_backward.default._op
 
 
 class Weights(NamedTuple):

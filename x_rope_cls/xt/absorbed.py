@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from .._layers import linear_weights
 from ..pooling import ordinary_reasons
 
 _BIASES = ("data_dependent_alibi", "rel_proj_pos_bias")
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
+# What is_plain and option_reasons ask of an attention but for max_attend_past, which may be 0, and of its attend.
+_OPTIONS = (
+    *("qk_norm", "k_rmsnorm", "laser", "value_rmsnorm", "num_mem_kv", "use_latent_kv"),
+    *("orthog_projected_values", "orthog_projected_values_per_head"),
+    *_BIASES,
+    *_GATES,
+)
+_ATTEND_OPTIONS = ("l2_distance", "add_zero_kv", "head_learned_sink", "composite_reasons")
+_COUNTS = (int, tuple)  # of which 0 or none is not set
 
 
 def absorbed_reasons(
@@ -72,17 +82,32 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
     return reasons + composite
 
 
+def bare_weights(attention: Any) -> list[Tensor] | None:
+    """The weights of to_k, to_v, to_q and to_out, if these, softmax and nothing else is what an attention does.
+
+    For one that is absorbed with None here, :func:`is_plain` and :func:`option_reasons` know more. This is for layers
+    whose kernels take less time than all questions of these two.
+    """
+    children = attention._modules
+    attend = children["attend"]
+    if attend._forward_hooks or attend._forward_pre_hooks or attention.max_attend_past is not None:
+        return None
+    if _any_set(attention, _OPTIONS) or _any_set(attend, _ATTEND_OPTIONS):
+        return None
+    return linear_weights((children["to_k"], children["to_v"], children["to_q"], children["to_out"]))
+
+
 def is_plain(attention: Any) -> bool:
     """Whether queries are one projection and the result nothing but an output projection: no gates, no scales."""
     return not _any_set(attention, _GATES)
 
 
 def _any_set(module: Any, names: tuple[str, ...]) -> bool:
-    """Whether one of the attributes is there (older versions lack some) and neither None nor False."""
+    """Whether one of the attributes is there (older versions lack some) and neither None nor False, 0 or ()."""
     own = module.__dict__
     children = own.get("_modules", ())  # a View has none
     for name in names:  # sooner than by nn.Module.__getattr__, a call in Python for each of them
         value = own[name] if name in own else children[name] if name in children else getattr(module, name, None)
-        if value is not None and value is not False:
+        if value is not None and value is not False and (type(value) not in _COUNTS or value):
             return True
     return False

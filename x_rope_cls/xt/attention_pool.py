@@ -14,11 +14,10 @@ from x_transformers.attend import Attend
 from x_transformers.x_transformers import Attention
 
 from .._checks import check_count
-from .._layers import linear_weights
 from ..pool_layer import pool_layer
 from ..pooling import pool_attention
 from ..projected import Weights
-from .absorbed import absorbed_reasons, is_plain, option_reasons
+from .absorbed import absorbed_reasons, bare_weights, is_plain, option_reasons
 from .attention import convert_attention
 from .encoder import attention_layers
 
@@ -125,8 +124,9 @@ class AttentionPool(XAttentionPool):
         """
         queries = self._check(context, mask, queries)
         more: tuple[Any, ...] = ()
-        if not kwargs and self._runs_plain():
-            pooled, weights = self._pool(context, mask, queries, need_weights)
+        found = None if kwargs else self._pool(context, mask, queries, need_weights)
+        if found is not None:
+            pooled, weights = found
         else:
             result, weights = self._call_pooler(context, mask, queries, need_weights, kwargs)
             pooled, more = (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
@@ -149,7 +149,8 @@ class AttentionPool(XAttentionPool):
         if queries is None:
             if not self.has_learned_queries:
                 raise ValueError("AttentionPool: queries must be given with num_pooled_tokens=0, got None")
-            return self.queries  # type: ignore[return-value]
+            own = self._parameters  # sooner than by nn.Module.__getattr__; a parametrization takes them out
+            return own["queries"] if "queries" in own else self.queries  # type: ignore[return-value]  # noqa: SIM401
         count = 1 if self.squeeze_output else "queries"
         fits = queries.dim() == 3 and queries.shape[0] == context.shape[0] and queries.shape[2] == self.dim
         if not fits or (self.squeeze_output and queries.shape[1] != 1):
@@ -157,18 +158,17 @@ class AttentionPool(XAttentionPool):
             raise ValueError(f"AttentionPool: queries must be {expected}, got {tuple(queries.shape)}")
         return queries
 
-    def _runs_plain(self) -> bool:
-        """Whether the pooler is an attention of which projections and softmax are all there is."""
-        pooler = self._modules["pooler"]
-        if not isinstance(pooler, Attention) or pooler._forward_hooks or pooler._forward_pre_hooks:
-            return False
-        return is_plain(pooler) and not option_reasons(pooler)
-
     def _pool(
         self, context: Tensor, mask: Tensor | None, queries: Tensor, need_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """What is pooled, and the map; None if the pooler is more than an attention of projections and softmax."""
         attention = self._modules["pooler"]
-        children = attention._modules  # sooner than by nn.Module.__getattr__
+        if not isinstance(attention, Attention) or attention._forward_hooks or attention._forward_pre_hooks:
+            return None
+        weights = bare_weights(attention)
+        if weights is None and not (is_plain(attention) and not option_reasons(attention)):
+            return None
+        children = attention._modules
         attend = children["attend"]
         options: dict[str, Any] = {
             "key_mask": mask,
@@ -177,7 +177,6 @@ class AttentionPool(XAttentionPool):
             "head_order": "cyclic",
             "need_weights": need_weights,
         }
-        weights = linear_weights((children["to_k"], children["to_v"], children["to_q"], children["to_out"]))
         if weights is not None:
             pooled = pool_layer(context, queries, Weights(*weights), heads=attention.heads, **options)
             out = pooled.out

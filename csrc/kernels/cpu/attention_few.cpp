@@ -221,18 +221,18 @@ void attend_few(const FewPlan& plan, const FewUnit& u, int64_t first, int64_t la
 }
 
 template <typename S>
-void store_few_row(const FewPlan& plan, const FewUnit& u, int64_t r,
-                   const PartialSums<Compute<S>>& sums) {
-  using T = Compute<S>;
+void store_few_row(const FewPlan& plan, const FewUnit& u, int64_t r, const Compute<S>* out,
+                   Compute<S> lse) {
   const AttentionParams& p = *plan.p;
   const int64_t n = query_of(plan, u, r);
   const int64_t h = head_of(plan, u, r);
-  static_cast<T*>(p.lse)[(u.b * p.heads + h) * p.queries + n] = finish_sums(sums, plan.value_width);
-  store_row<S>(sums.out, p.out.stride_d, p.value_dim, row_at<S>(p.out, u.b, h, n));
+  static_cast<Compute<S>*>(p.lse)[(u.b * p.heads + h) * p.queries + n] = lse;
+  store_row<S>(out, p.out.stride_d, p.value_dim, row_at<S>(p.out, u.b, h, n));
 }
 
 template <typename S>
 void few_task(const FewMemory<Compute<S>>& m, int64_t task, int64_t worker) {
+  using T = Compute<S>;
   const FewPlan& plan = m.plan;
   const FewScratch<Compute<S>>& s = m.scratch[worker];
   const FewUnit u = unit_of(plan, task / plan.chunks);
@@ -240,7 +240,9 @@ void few_task(const FewMemory<Compute<S>>& m, int64_t task, int64_t worker) {
   if (plan.chunks == 1) {
     attend_few<S>(plan, u, 0, keys, s, s.sums);
     for (int64_t r = 0; r < plan.rows; ++r) {
-      store_few_row<S>(plan, u, r, sums_from(s.sums, r, plan.value_width));
+      const auto sums = sums_from(s.sums, r, plan.value_width);
+      const T lse = finish_sums(sums, plan.value_width);
+      store_few_row<S>(plan, u, r, sums.out, lse);
     }
     return;
   }
@@ -250,9 +252,10 @@ void few_task(const FewMemory<Compute<S>>& m, int64_t task, int64_t worker) {
                 sums_from(m.parts, task * plan.rows, plan.value_width));
   if (add(m.done[u.index], 1) + 1 < plan.chunks) return;
   for (int64_t r = 0; r < plan.rows; ++r) {  // the last part is done
-    merge_sums(sums_from(m.parts, u.index * plan.chunks * plan.rows + r, plan.value_width),
-               plan.rows, plan.chunks, plan.value_width, s.sums);
-    store_few_row<S>(plan, u, r, s.sums);
+    const T lse =
+        merge_sums(sums_from(m.parts, u.index * plan.chunks * plan.rows + r, plan.value_width),
+                   plan.rows, plan.chunks, plan.value_width, s.sums.out);
+    store_few_row<S>(plan, u, r, s.sums.out, lse);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "arena.h"
 #include "softmax.h"
@@ -39,22 +40,41 @@ X_ROPE_CLS_INLINE void clear_sums(const PartialSums<T>& s, int64_t rows, int64_t
   }
 }
 
-// Adds up rows 0, step, 2 * step, ... of `parts`, `count` of them, into row 0 of `to`.
+// out = the weighted mean of rows 0, step, 2 * step, ... of `parts`, `count` of them, whose sums of
+// weights are used up. Returns the natural logarithm of the sum of all weights.
 template <typename T>
-void merge_sums(const PartialSums<T>& parts, int64_t step, int64_t count, int64_t width,
-                const PartialSums<T>& to) {
-  clear_sums(to, 1, width);
+T merge_sums(const PartialSums<T>& parts, int64_t step, int64_t count, int64_t width, T* out) {
+  T maximum = -kInfinity<T>;
+  for (int64_t i = 0; i < count; ++i) maximum = max_of(parts.maximum[i * step], maximum);
+  T sum{0};
   for (int64_t i = 0; i < count; ++i) {
-    const T maximum = parts.maximum[i * step];
-    to.maximum[0] = maximum > to.maximum[0] ? maximum : to.maximum[0];
+    T& part = parts.sum[i * step];
+    const T factor =
+        part == T{0} ? T{0} : exp2<T>(broadcast<T>(parts.maximum[i * step] - maximum))[0];
+    sum += part * factor;
+    part = factor;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    if (parts.sum[i * step] == T{0}) continue;
-    const T factor = exp2<T>(broadcast<T>(parts.maximum[i * step] - to.maximum[0]))[0];
-    to.sum[0] += parts.sum[i * step] * factor;
-    const T* from = parts.out + i * step * width;
-    for (int64_t c = 0; c < width; ++c) to.out[c] += from[c] * factor;
+  const T inverse = sum == T{0} ? T{0} : T{1} / sum;
+  const auto merge = [&](int64_t c, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    Vec<T> acc[kVectors] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const T factor = parts.sum[i * step];
+      if (factor == T{0}) continue;
+      const T* const from = parts.out + i * step * width + c;
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kVectors; ++v) acc[v] += load<T>(from + v * kLanes<T>) * factor;
+    }
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) store<T>(out + c + v * kLanes<T>, acc[v] * inverse);
+  };
+  constexpr int kMany = 8;
+  int64_t c = 0;
+  for (; c + kMany * kLanes<T> <= width; c += kMany * kLanes<T>) {
+    merge(c, std::integral_constant<int, kMany>{});
   }
+  for (; c < width; c += kLanes<T>) merge(c, std::integral_constant<int, 1>{});
+  return log_sum(maximum, sum);
 }
 
 // Divides row 0 by the sum of its weights; returns the natural logarithm of that sum.

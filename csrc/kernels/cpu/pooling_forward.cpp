@@ -198,16 +198,16 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
   return ahead != 0;
 }
 
-// Row 0 of the sums to the outputs of row r of batch b.
 template <typename S>
-void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r,
-                    const PartialSums<Compute<S>>& sums) {
-  using T = Compute<S>;
-  const PoolParams& p = *plan.p;
-  const int64_t row = b * plan.rows + r;
-  static_cast<T*>(p.lse)[row] = finish_sums(sums, plan.width);
-  order_channels<S>(plan, sums.out);
-  store_row<S>(sums.out, 1, p.channels, static_cast<S*>(p.pooled) + row * p.channels);
+X_ROPE_CLS_INLINE S* pooled_row(const PoolPlan& plan, int64_t b, int64_t r) {
+  return static_cast<S*>(plan.p->pooled) + (b * plan.rows + r) * plan.p->channels;
+}
+
+// `out`: scratch of `width` channels, ordered on the way.
+template <typename S>
+void store_pool_row(const PoolPlan& plan, int64_t b, int64_t r, Compute<S>* out) {
+  order_channels<S>(plan, out);
+  store_row<S>(out, 1, plan.p->channels, pooled_row<S>(plan, b, r));
 }
 
 // Asks for `count` rows of so many channels.
@@ -223,12 +223,16 @@ X_ROPE_CLS_INLINE void fetch_rows(const T* rows, int64_t stride, int64_t count, 
 template <typename S>
 bool pool_part(const PoolMemory<Compute<S>>& m, int64_t i, const TokenRange& range,
                const TokenRange& after, PoolScratch<Compute<S>>& s) {
+  using T = Compute<S>;
   const PoolPlan& plan = m.plan;
   const int64_t b = range.b;
+  T* const lse = static_cast<T*>(plan.p->lse) + b * plan.rows;
   if (plan.chunks == 1) {
     const bool fetched = pool_range<S>(plan, range, after, s, s.sums);
     for (int64_t r = 0; r < plan.rows; ++r) {
-      store_pool_row<S>(plan, b, r, sums_from(s.sums, r, plan.width));
+      const auto sums = sums_from(s.sums, r, plan.width);
+      lse[r] = finish_sums(sums, plan.width);
+      store_pool_row<S>(plan, b, r, sums.out);
     }
     return fetched;
   }
@@ -240,9 +244,13 @@ bool pool_part(const PoolMemory<Compute<S>>& m, int64_t i, const TokenRange& ran
       fetch_rows(sums_from(m.parts, b * plan.chunks * plan.rows + r + 1, plan.width).out,
                  plan.rows * plan.width, plan.chunks, plan.width);
     }
-    merge_sums(sums_from(m.parts, b * plan.chunks * plan.rows + r, plan.width), plan.rows,
-               plan.chunks, plan.width, s.sums);
-    store_pool_row<S>(plan, b, r, s.sums);
+    T* out = s.sums.out;
+    if constexpr (__is_same(S, T)) {  // where the result belongs
+      if (plan.width == plan.p->channels) out = pooled_row<S>(plan, b, r);
+    }
+    lse[r] = merge_sums(sums_from(m.parts, b * plan.chunks * plan.rows + r, plan.width), plan.rows,
+                        plan.chunks, plan.width, out);
+    if (out == s.sums.out) store_pool_row<S>(plan, b, r, out);
   }
   return fetched;
 }
