@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 from x_transformers import Encoder as XEncoder
 from x_transformers.x_transformers import FeedForward
 
@@ -27,10 +29,11 @@ OPTIONS = (
 
 
 class Rows:
-    """How many tokens each call of a linear layer has got."""
+    """How many tokens each call of a linear layer has got, and which of them went through oneDNN."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.fused: list[str] = []
 
     def most(self) -> int:
         most = max(self.seen)
@@ -42,13 +45,20 @@ class Rows:
 def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
     """Pieces of 4 KB, and what layers get."""
     found = Rows()
-    forward = nn.Linear.forward
+    forward, fused = nn.Linear.forward, feed_forward._fused_linear
 
     def watched(self: nn.Linear, x: Tensor) -> Tensor:
         found.seen.append(x.shape[:-1].numel())
         return forward(self, x)
 
+    def watched_fused(weight: Tensor, bias: Tensor | None, activation: str, algorithm: str, x: Tensor) -> Tensor:
+        found.seen.append(x.shape[:-1].numel())
+        found.fused.append(activation)
+        return fused(weight, bias, activation, algorithm, x)
+
     monkeypatch.setattr(nn.Linear, "forward", watched)
+    monkeypatch.setattr(feed_forward, "_fused_linear", watched_fused)
+    monkeypatch.setattr(feed_forward, "_LEAST_WORK", 1)
     monkeypatch.setattr(feed_forward, "_PIECE_BYTES_PER_THREAD", max(1, 4096 // torch.get_num_threads()))
     return found
 
@@ -109,6 +119,87 @@ def test_the_whole_where_pieces_would_not_do(rows):
         assert most(lambda: ours(x)) == 600
     ours.ff[0][1] = nn.GELU()
     assert most(lambda: ours(x)) == 600  # gradients
+
+
+@pytest.fixture
+def avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN, also on processors where torch's own choice is as fast."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("tokens", [1, 37, 512])
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [
+        ({}, ["gelu", "none"]),
+        ({"custom_activation": nn.GELU("tanh"), "no_bias": True}, ["gelu", "none"]),
+        ({"swish": True, "dropout": 0.1}, ["swish", "none"]),
+        ({"custom_activation": nn.ReLU()}, ["relu", "none"]),
+        ({"custom_activation": nn.Identity()}, ["none", "none"]),
+        ({"relu_squared": True}, ["none", "none"]),
+        ({"post_act_ln": True}, ["gelu", "none"]),
+        ({"glu": True}, ["none"]),
+    ],
+    ids=str,
+)
+def test_linear_layers_bring_their_activation(rows, avx512, options, fused, tokens):
+    theirs, ours = both(**options)
+    x = torch.randn(2, tokens, DIM, generator=torch.Generator().manual_seed(tokens))
+    for no_grad in (torch.no_grad(), torch.inference_mode()):
+        with no_grad:
+            rows.fused.clear()
+            found = ours(x)
+            pieces = len(rows.fused) // len(fused)
+            assert rows.fused == fused * pieces
+            assert pieces > 1 or tokens < 512
+            expected, exact = theirs(x), theirs.double()(x.double())
+            theirs.float()
+        error, usual = ((t - exact).abs().max().item() for t in (found, expected))
+        assert error <= 4 * usual + 1e-6 * exact.abs().max().item()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_where_torch_chooses_the_library(rows, avx512, monkeypatch):
+    _, ours = both()
+    x = torch.randn(2, 8, DIM)  # one piece
+
+    def fused() -> int:
+        rows.fused.clear()
+        ours(x)
+        return len(rows.fused)
+
+    with torch.no_grad():
+        assert fused() == 2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fused() == 0
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert fused() == 0
+        with FlopCounterMode(display=False) as counter:
+            assert fused() == 0
+        assert counter.get_total_flops() == 2 * (2 * 16 * DIM * 4 * DIM)
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert fused() == 0
+        handle.remove()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+            assert fused() == 0
+        parametrize.register_parametrization(ours.ff[2], "weight", nn.Identity())
+        assert fused() == 0
+        ours.double()
+        x = x.double()
+        assert fused() == 0
+
+
+def test_errors_are_those_of_torch(rows, avx512):
+    theirs, ours = both()
+    with torch.no_grad():
+        for x in (torch.randn(2, 8, DIM + 1), torch.randn(2, 8, DIM).double()):
+            with pytest.raises(RuntimeError) as expected:
+                theirs(x)
+            with pytest.raises(RuntimeError) as found:
+                ours(x)
+            assert str(found.value) == str(expected.value)
 
 
 def test_no_other_class_is_converted():
