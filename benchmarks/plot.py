@@ -126,7 +126,9 @@ def _series(results: Results) -> Any:
             axes.set_xscale("log", base=2)
             axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
             axes.minorticks_off()
-        left.legend(frameon=False, fontsize=8)
+        # Below all rates.
+        look: dict[str, Any] = {"ncols": 2, "frameon": False, "fontsize": 7, "handlelength": 1.2, "columnspacing": 1.0}
+        right.legend(*left.get_legend_handles_labels(), loc="lower right", **look)
     return figure
 
 
