@@ -158,6 +158,82 @@ void set_query(const Projections& s, void* folded, PoolParams& p) {
   p.query = queries_of(s, s.heads_first(folded));
 }
 
+// Gradients on their way, in one tensor.
+struct ScratchRows {
+  explicit ScratchRows(const Projections& s) {
+    Parts parts;
+    const int64_t results = s.batch * s.queries * s.heads;
+    const int64_t rows = s.query_batch * s.queries * s.heads;
+    const int64_t at_merged = parts.add(results * s.value_dim);
+    const int64_t at_pooled = parts.add(results * s.channels);
+    const int64_t at_folded = parts.add(rows * s.channels);
+    const int64_t at_projected = parts.add(rows * s.key_dim);
+    memory = s.empty({parts.size()});
+    merged = s.by_token(part_of(memory, at_merged), s.value_dim);
+    pooled = s.heads_first(part_of(memory, at_pooled));
+    folded = s.heads_first(part_of(memory, at_folded));
+    projected = s.by_token(part_of(memory, at_projected), s.key_dim);
+  }
+  Tensor memory;
+  HeadRows merged, pooled, folded, projected;  // of what Saved has
+};
+
+// What a backward pass gets beside the arguments of the forward pass.
+struct Returned {
+  const Tensor& grad;
+  const OptionalTensor& grad_lse;
+  const Tensor& lse;
+  const Tensor& saved;
+};
+
+void check_saved(const std::string& op, const ProjectedArguments& a, const Projections& s,
+                 const Returned& r, int64_t saved_size) {
+  const auto dtype = a.x.scalar_type();
+  const int64_t columns = a.out_weight ? a.out_weight->size(0) : s.value_dim;
+  const int64_t dims = a.out_weight ? 3 : 4;
+  require(op, s.batch > 0, "x must have a batch");
+  require(op,
+          r.grad.dim() == dims && r.grad.size(0) == s.batch && r.grad.size(1) == s.queries &&
+              (a.out_weight || r.grad.size(2) == s.heads) && r.grad.size(dims - 1) == columns &&
+              r.grad.scalar_type() == dtype,
+          "grad must have the shape and dtype of the output");
+  const auto is_lse = [&](const Tensor& t) {
+    return t.dim() == 3 && t.size(0) == s.batch && t.size(1) == s.heads && t.size(2) == s.queries &&
+           t.scalar_type() == compute_type(a.x);
+  };
+  require(op, is_lse(r.lse) && r.lse.is_contiguous() && (!r.grad_lse || is_lse(*r.grad_lse)),
+          "lse and its gradient must be (batch, heads, queries), as the forward pass returned it");
+  require(op,
+          r.saved.dim() == 1 && r.saved.size(0) == saved_size && r.saved.scalar_type() == dtype &&
+              r.saved.is_contiguous(),
+          "saved must be what the forward pass returned");
+}
+
+// What late_cls_pool was called with, and what it returned.
+struct PooledRows {
+  void* folded;
+  void* pooled;
+  void* lse;
+};
+
+// From the gradient of what was pooled to those of tokens, norm and folded queries.
+TokenGradients pool_backward(const Projections& s, const PoolTokens& tokens,
+                             const PooledRows& forward, const OptionalTensor& grad_lse,
+                             bool need_x_grad, const ScratchRows& scratch) {
+  const PoolInput input(tokens);
+  PoolBackwardParams g{};
+  g.forward = input.params;
+  set_query(s, forward.folded, g.forward);
+  g.forward.pooled = forward.pooled;
+  g.forward.lse = forward.lse;
+  const HeadRows& grad = scratch.pooled;
+  g.grad = {grad.data, grad.stride_b, grad.stride_h, grad.stride_n, 1};
+  g.dquery = scratch.folded.data;
+  TokenGradients made = make_gradients(tokens, grad_lse, need_x_grad, g);
+  run_pool_backward(g, tokens.x);
+  return made;
+}
+
 }  // namespace
 
 Projected pool_projected(const Tensor& x, const Tensor& q, const Tensor& k_weight,
@@ -214,80 +290,47 @@ ProjectedGradients pool_projected_backward(
   const PoolTokens tokens{x, key_mask, norm_weight, norm_bias, scale, norm, norm_eps};
   check_pool_tokens(op, tokens);
   const Saved at(s, q_weight.has_value(), out_weight.has_value());
-  const int64_t columns = out_weight ? out_weight->size(0) : s.value_dim;
-  const int64_t dims = out_weight ? 3 : 4;
-  require(op, s.batch > 0, "x must have a batch");
-  require(op,
-          grad.dim() == dims && grad.size(0) == s.batch && grad.size(1) == s.queries &&
-              (out_weight || grad.size(2) == heads) && grad.size(dims - 1) == columns &&
-              grad.scalar_type() == x.scalar_type(),
-          "grad must have the shape and dtype of the output");
-  const auto is_lse = [&](const Tensor& t) {
-    return t.dim() == 3 && t.size(0) == s.batch && t.size(1) == heads && t.size(2) == s.queries &&
-           t.scalar_type() == compute_type(x);
-  };
-  require(op, is_lse(lse) && lse.is_contiguous() && (!grad_lse || is_lse(*grad_lse)),
-          "lse and its gradient must be (batch, heads, queries), as the forward pass returned it");
-  require(op,
-          saved.dim() == 1 && saved.size(0) == at.size && saved.scalar_type() == x.scalar_type() &&
-              saved.is_contiguous(),
-          "saved must be what the forward pass returned");
-  const RowGroups by_output = s.by_head(s.batch);
-  const RowGroups by_query = s.by_head(s.query_batch);
+  check_saved(op, a, s, {grad, grad_lse, lse, saved}, at.size);
   const Tensor given = dense_channels(q);
+  const Tensor out_grad = dense_channels(grad);
+  const ScratchRows scratch(s);
   // Of shape (0,) where it is not asked for.
   const auto weight_grad = [&](bool wanted, const RowGroups& by, const HeadRows& a,
                                int64_t a_columns, const HeadRows& b, int64_t b_columns) {
-    return wanted ? outer_sums(s, by, a, a_columns, b, b_columns) : s.empty({0});
+    return need_weight_grads && wanted ? outer_sums(s, by, a, a_columns, b, b_columns)
+                                       : s.empty({0});
   };
-  Parts parts;
-  const int64_t at_merged = parts.add(s.batch * s.queries * heads * s.value_dim);
-  const int64_t at_pooled = parts.add(s.batch * s.queries * heads * s.channels);
-  const int64_t at_folded = parts.add(s.query_batch * s.queries * heads * s.channels);
-  const int64_t at_projected = parts.add(s.query_batch * s.queries * heads * s.key_dim);
-  const Tensor scratch = s.empty({parts.size()});
 
-  const Tensor out_grad = dense_channels(grad);
-  HeadRows merged_grad = rows_of(out_grad);
-  Tensor dout_weight = weight_grad(
-      need_weight_grads && out_weight, s.merged(s.batch), merged_rows(out_grad), columns,
-      s.as_one(part_of(saved, at.merged), heads * s.value_dim), heads * s.value_dim);
+  const HeadRows merged = s.as_one(part_of(saved, at.merged), heads * s.value_dim);
+  const int64_t out_columns = grad.size(grad.dim() - 1);
+  Tensor dout_weight = weight_grad(out_weight.has_value(), s.merged(s.batch), merged_rows(out_grad),
+                                   out_columns, merged, heads * s.value_dim);
+  const HeadRows merged_grad = out_weight ? scratch.merged : rows_of(out_grad);
   if (out_weight) {
-    merged_grad = s.by_token(part_of(scratch, at_merged), s.value_dim);
-    multiply(s.merged(s.batch), merged_rows(out_grad), columns, *out_weight, false,
+    multiply(s.merged(s.batch), merged_rows(out_grad), out_columns, *out_weight, false,
              s.as_one(merged_grad.data, heads * s.value_dim), heads * s.value_dim);
   }
-  const HeadRows pooled_grad = s.heads_first(part_of(scratch, at_pooled));
-  multiply(by_output, merged_grad, s.value_dim, v_weight, false, pooled_grad, s.channels);
+  const RowGroups by_output = s.by_head(s.batch);
+  multiply(by_output, merged_grad, s.value_dim, v_weight, false, scratch.pooled, s.channels);
+  const HeadRows pooled = s.heads_first(part_of(saved, at.pooled));
+  Tensor dv_weight = weight_grad(true, by_output, merged_grad, s.value_dim, pooled, s.channels);
+  auto [dx, dnorm_weight, dnorm_bias] =
+      pool_backward(s, tokens, {part_of(saved, at.folded), pooled.data, lse.data_ptr()}, grad_lse,
+                    need_x_grad, scratch);
 
-  const HeadRows folded_grad = s.heads_first(part_of(scratch, at_folded));
-  const PoolInput input(tokens);
-  PoolBackwardParams g{};
-  g.forward = input.params;
-  set_query(s, part_of(saved, at.folded), g.forward);
-  g.forward.pooled = part_of(saved, at.pooled);
-  g.forward.lse = lse.data_ptr();
-  g.grad = {pooled_grad.data, pooled_grad.stride_b, pooled_grad.stride_h, pooled_grad.stride_n, 1};
-  g.dquery = folded_grad.data;
-  auto [dx, dnorm_weight, dnorm_bias] = make_gradients(tokens, grad_lse, need_x_grad, g);
-  run_pool_backward(g, x);
-
-  // Queries are leaves of their own, or the results of q_weight.
   const int64_t dim = given.size(given.dim() - 1);
   const std::vector<int64_t> sizes{s.query_batch, s.queries, dim};
   Tensor dq = q_weight ? s.empty({sizes.begin() + (q.dim() == 2 ? 1 : 0), sizes.end()})
                        : s.empty({s.query_batch, s.queries, heads, s.key_dim});
-  const HeadRows projected_grad =
-      s.by_token(q_weight ? part_of(scratch, at_projected) : dq.data_ptr(), s.key_dim);
+  const RowGroups by_query = s.by_head(s.query_batch);
   const HeadRows projected =
       q_weight ? s.by_token(part_of(saved, at.projected), s.key_dim) : rows_of(given);
-  multiply(by_query, folded_grad, s.channels, k_weight, true, projected_grad, s.key_dim);
-  Tensor dk_weight =
-      weight_grad(need_weight_grads, by_query, projected, s.key_dim, folded_grad, s.channels);
-  Tensor dv_weight = weight_grad(need_weight_grads, by_output, merged_grad, s.value_dim,
-                                 s.heads_first(part_of(saved, at.pooled)), s.channels);
+  const HeadRows projected_grad =
+      q_weight ? scratch.projected : s.by_token(dq.data_ptr(), s.key_dim);
+  multiply(by_query, scratch.folded, s.channels, k_weight, true, projected_grad, s.key_dim);
+  Tensor dk_weight = weight_grad(true, by_query, projected, s.key_dim, scratch.folded, s.channels);
   const HeadRows grad_row = s.as_one(projected_grad.data, heads * s.key_dim);
-  Tensor dq_weight = weight_grad(need_weight_grads && q_weight, s.merged(s.query_batch), grad_row,
+  Tensor dq_weight = weight_grad(q_weight.has_value(), s.merged(s.query_batch), grad_row,
                                  heads * s.key_dim, merged_rows(given), dim);
   if (q_weight) {
     multiply(s.merged(s.query_batch), grad_row, heads * s.key_dim, *q_weight, false,
