@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from x_transformers import Encoder as XEncoder
@@ -53,7 +54,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
 
     def watched_fused(weight: Tensor, bias: Tensor | None, activation: str, algorithm: str, x: Tensor) -> Tensor:
         found.seen.append(x.shape[:-1].numel())
-        found.fused.append(activation)
+        found.fused.append("dx" if weight.stride(0) == 1 and weight.stride(1) != 1 else activation)
         return fused(weight, bias, activation, algorithm, x)
 
     monkeypatch.setattr(nn.Linear, "forward", watched)
@@ -191,9 +192,117 @@ def test_where_torch_chooses_the_library(rows, avx512, monkeypatch):
         assert fused() == 0
 
 
-def test_errors_are_those_of_torch(rows, avx512):
+def gradients(module: nn.Module, x: Tensor, grad: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Of the input and of all parameters; behind the output."""
+    x = x.detach().requires_grad_()
+    out = module(x)
+    return out.detach(), *torch.autograd.grad(out, [x, *module.parameters()], grad, **options)
+
+
+def assert_as_exact(found: tuple[Tensor, ...], usual: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
+    """The errors are about those of x-transformers' own layer."""
+    for own, other, reference in zip(found, usual, exact, strict=True):
+        assert own.shape == reference.shape
+        error, allowed = ((t - reference).abs().max().item() for t in (own, other))
+        assert error <= 4 * allowed + 1e-6 * reference.abs().max().item()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("shape", [(2, 37, DIM), (101, DIM), (3, 2, 5, DIM)], ids=str)
+@pytest.mark.parametrize(("options", "fused"), [(o, 1 if "glu" in o else 2) for o in OPTIONS], ids=str)
+def test_gradients(rows, avx512, options, fused, shape):
+    theirs, ours = both(**options)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g)
+    grad = torch.randn(*shape[:-1], options.get("dim_out", DIM), generator=g)
+    found = gradients(ours, x, grad)
+    assert rows.fused == ["none"] * fused + ["dx"] * fused
+    usual = gradients(theirs, x, grad)
+    exact = gradients(theirs.double(), x.double(), grad.double())
+    assert_as_exact(found, usual, exact)
+    expanded = torch.ones(()).expand_as(grad)
+    assert_as_exact(
+        gradients(ours, x, expanded),
+        gradients(theirs.float(), x, expanded),
+        gradients(theirs.double(), x.double(), expanded.double()),
+    )
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_gradients_of_gradients_and_many_at_once(rows, avx512):
     theirs, ours = both()
-    with torch.no_grad():
+    x = torch.randn(3, 7, DIM)
+
+    def second(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.detach().requires_grad_()
+        first = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), [x, *module.parameters()])
+
+    found, usual = second(ours, x), second(theirs, x)
+    assert_as_exact(found, usual, second(theirs.double(), x.double()))
+    theirs.float()
+    rows.fused.clear()
+    grads = torch.randn(4, 3, 7, DIM)
+    found = gradients(ours, x, grads, is_grads_batched=True)
+    assert rows.fused == ["none"] * 2
+    usual = gradients(theirs, x, grads, is_grads_batched=True)
+    for own, other in zip(found, usual, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_what_is_respected_with_gradients(rows, avx512):
+    theirs, ours = both(dropout=0.3)
+    x, grad = torch.randn(2, 9, DIM), torch.randn(2, 9, DIM)
+
+    def fused(module: nn.Module = ours) -> int:
+        rows.fused.clear()
+        gradients(module, x, grad)
+        return len(rows.fused)
+
+    assert fused() == 4
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        for module in (ours.ff, ours.ff[0], ours.ff[2], ours.ff[0][1]):
+            handle = getattr(module, register)(lambda *_: None)
+            rows.fused.clear()
+            ours(x)
+            assert rows.fused == []
+            handle.remove()
+    rows.fused.clear()
+    with FlopCounterMode(display=False) as counter:
+        ours(x.clone().requires_grad_()).backward(grad)
+    assert rows.fused == []
+    assert counter.get_total_flops() == 3 * 2 * (2 * 18 * DIM * 4 * DIM)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused() == 0
+    torch.func.jvp(ours, (x,), (x,))
+    with forward_ad.dual_level():
+        rows.fused.clear()
+        ours(forward_ad.make_dual(x, x))
+    assert rows.fused == []
+
+    theirs.train()
+    ours.train()
+    torch.manual_seed(3)
+    found = gradients(ours, x, grad)
+    torch.manual_seed(3)
+    usual = gradients(theirs, x, grad)  # the same units are dropped
+    for own, other in zip(found, usual, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+    ours.zero_grad()
+    ours.eval().requires_grad_(False)
+    ours.ff[2].bias.requires_grad_()
+    rows.fused.clear()
+    ours(x).sum().backward()
+    assert rows.fused == ["none"] * 2  # nothing asks for the gradients of tokens
+    torch.testing.assert_close(ours.ff[2].bias.grad, torch.full((DIM,), 18.0))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_errors_are_those_of_torch(rows, avx512, grad):
+    theirs, ours = both()
+    with torch.set_grad_enabled(grad):
         for x in (torch.randn(2, 8, DIM + 1), torch.randn(2, 8, DIM).double()):
             with pytest.raises(RuntimeError) as expected:
                 theirs(x)

@@ -1,7 +1,7 @@
-"""Feed-forward layers of x-transformers where nothing but the result is wanted.
+"""Feed-forward layers of x-transformers on a CPU.
 
-Many tokens are taken in pieces, and linear layers in float32 go through oneDNN with their activation, where it is the
-faster of torch's two libraries.
+Linear layers in float32 go through oneDNN where it is the faster of torch's two libraries. Where nothing but the result
+is wanted, they bring their activation, and many tokens are taken in pieces.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from x_transformers import x_transformers as xt
 from x_transformers.x_transformers import FeedForward
@@ -29,27 +31,28 @@ _OWN = ("GLU", "LayerNorm", "ReluSquared", "SoLU")  # not all of them there in o
 _TOKENWISE = {nn.Sequential, nn.Linear, nn.GELU, nn.SiLU, nn.ReLU, nn.Dropout, nn.LayerNorm, nn.Identity}
 _TOKENWISE |= {getattr(xt, name) for name in _OWN if hasattr(xt, name)}
 
-
 # Multiply-adds of the first linear layer below which the time is that of the calls.
 _LEAST_WORK = 1 << 23
 
 
 class PiecewiseFeedForward(FeedForward):
-    """FeedForward that takes many tokens on a CPU in pieces where no gradients are wanted.
+    """FeedForward that takes many tokens on a CPU in pieces where no gradients are wanted, and oneDNN where it pays.
 
     So the hidden states of all of them are never there at once. Only layers that are known to treat tokens alike,
-    without hooks, and no deep_embed; everything else is x-transformers' own forward.
+    without hooks, and no deep_embed; everything else is x-transformers' own forward, with gradients in float32 but for
+    the library of its linear layers.
 
     A subclass without state of its own: a module becomes one by assigning its ``__class__``.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As x_transformers' FeedForward."""
-        plain = not args and all(value is None for value in kwargs.values())
-        layers = _layers(self.ff, x) if plain else []
+        layers = [] if args or any(value is not None for value in kwargs.values()) else _layers(self.ff, x)
         if not layers:
             whole: Tensor = super().forward(x, *args, **kwargs)
             return whole
+        if torch.is_grad_enabled():
+            return _apply([_with_gradients(layer) for layer in layers], x)
         steps = _steps(layers, x)
         tokens = x.flatten(0, -2)
         rows = _rows_of_a_piece(layers, tokens)
@@ -72,11 +75,15 @@ def convert_feed_forwards(encoder: nn.Module) -> None:
 
 def _layers(ff: nn.Module, x: Tensor) -> list[nn.Module]:
     """The layers one after the other, without containers; empty: x-transformers' forward is to be called."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or x.dim() < 2:
         return []
-    if x.dim() < 2 or torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return []
-    if not all(_is_tokenwise(module) for module in ff.modules()):
+    modules = list(ff.modules())
+    if torch.is_grad_enabled():
+        if not takes_one_dnn(x) or forward_ad._current_level >= 0 or any(map(_has_hooks, modules)):
+            return []
+    elif not all(map(_is_tokenwise, modules)):
         return []
     layers = _flat(ff)
     return layers if x.numel() * _widest(layers) >= _LEAST_WORK else []
@@ -155,6 +162,50 @@ def _activation(module: nn.Module | None) -> tuple[str, str] | None:
 def _fused_linear(weight: Tensor, bias: Tensor | None, activation: str, algorithm: str, x: Tensor) -> Tensor:
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
     return out
+
+
+def _with_gradients(layer: nn.Module) -> Step:
+    if type(layer) is nn.Linear and _fits(layer, None):
+        return lambda x: _apply_linear(x, layer.weight, layer.bias)
+    return layer
+
+
+def _apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype != weight.dtype or x.shape[-1] != weight.shape[-1]:
+        return F.linear(x, weight, bias)  # which says what is wrong
+    out: Tensor = _Linear.apply(x, weight, bias)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer and its gradients; that of the weight is as fast the way torch does it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _fused_linear(weight, bias, "none", "", x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        # With create_graph, for transforms and for whoever watches, by operators that all of them know.
+        batched = torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+        plain = torch.is_grad_enabled() or batched or torch._C._len_torch_dispatch_stack() > 0
+        dx = dweight = dbias = None
+        if needs_x:
+            dx = grad @ weight if plain else _fused_linear(weight.t(), None, "none", "", grad.contiguous())
+        rows = grad.reshape(-1, grad.shape[-1])
+        if needs_weight:
+            dweight = rows.t() @ x.reshape(-1, x.shape[-1])
+        if needs_bias:
+            dbias = rows.sum(0)
+        return dx, dweight, dbias
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_tokenwise(module: nn.Module) -> bool:
