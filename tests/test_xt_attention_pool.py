@@ -351,6 +351,18 @@ class _Shift(nn.Module):
         return 3 * t + 1
 
 
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out"])
+def test_projections_with_a_forward_of_their_own(name):
+    """As offloading puts it there."""
+    pair = make_pair({})
+    context, _ = make_inputs({})
+    for pool in pair:
+        layer = getattr(pool.pooler, name)
+        layer.forward = lambda x, forward=layer.forward: 3 * forward(x)
+    theirs, ours = pair
+    torch.testing.assert_close(ours(context), theirs(context), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("changed", ["bias", "parametrized bias", "parametrized weight"])
 @pytest.mark.parametrize("name", ["to_q", "to_k", "to_v", "to_out"])
 def test_projections_that_are_more_than_a_weight(name, changed):

@@ -300,6 +300,22 @@ def test_what_is_respected_with_gradients(rows, avx512):
 
 
 @pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("place", [(), (0,), (0, 0), (0, 1), (2,)], ids=str)
+def test_a_forward_of_its_own_is_called(rows, avx512, place, grad):
+    """As offloading and some adapters put it there."""
+    _, ours = both()
+    module = ours.ff
+    for i in place:
+        module = module[i]
+    seen = []
+    module.forward = lambda x, forward=module.forward: seen.append(x.shape) or forward(x)
+    with torch.set_grad_enabled(grad):
+        ours(torch.randn(2, 8, DIM))
+    assert seen
+    assert rows.fused == []
+
+
+@pytest.mark.parametrize("grad", [False, True])
 def test_errors_are_those_of_torch(rows, avx512, grad):
     theirs, ours = both()
     with torch.set_grad_enabled(grad):

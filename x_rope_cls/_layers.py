@@ -64,6 +64,8 @@ def linear_weights(modules: Sequence[nn.Module], *, bias: bool = False) -> list[
     for module in modules:
         if type(module).forward is not nn.Linear.forward or module._forward_hooks or module._forward_pre_hooks:
             return None
+        if "forward" in module.__dict__:  # put in the place of the class's, as offloading does
+            return None
         own = module._parameters  # sooner than by nn.Module.__getattr__; a parametrization takes them out
         weight = own["weight"] if "weight" in own else module.weight  # noqa: SIM401 (not looked up in vain)
         if type(weight) not in (Tensor, nn.Parameter):

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 
 #include "backend.h"
 
@@ -43,7 +44,7 @@ int32_t shim_dtype(ScalarType dtype) {
     case ScalarType::Byte:
       return aoti_torch_dtype_uint8();
     default:
-      return aoti_torch_dtype_float32();
+      return aoti_torch_dtype_float32();  // nothing else is asked for
   }
 }
 
@@ -77,6 +78,7 @@ RotaryTable table_of(const Tensor& cos, const Tensor& sin, const OptionalTensor&
 
 // Past torch::stable::empty, which looks the operator up by its name for each tensor.
 Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  if (sizes.size() > kMostDims) throw std::logic_error("empty_of: too many axes");
   std::array<int64_t, kMostDims> strides{};
   const auto dims = static_cast<int64_t>(sizes.size());
   int64_t stride = 1;

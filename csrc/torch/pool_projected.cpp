@@ -147,15 +147,12 @@ void* part_of(const Tensor& t, int64_t first) {
   return static_cast<char*>(t.data_ptr()) + first * static_cast<int64_t>(t.element_size());
 }
 
-Tensor4 queries_of(const Projections& s, const HeadRows& rows) {
-  return {rows.data, s.query_batch == 1 ? 0 : rows.stride_b, rows.stride_h, rows.stride_n, 1};
-}
-
 void set_query(const Projections& s, void* folded, PoolParams& p) {
   p.query_batch = s.query_batch;
   p.heads = s.heads;
   p.queries = s.queries;
-  p.query = queries_of(s, s.heads_first(folded));
+  const HeadRows rows = s.heads_first(folded);
+  p.query = {folded, s.query_batch == 1 ? 0 : rows.stride_b, rows.stride_h, rows.stride_n, 1};
 }
 
 // Gradients on their way, in one tensor.
@@ -347,8 +344,8 @@ void define_pool_projected(torch::stable::detail::StableLibrary& m) {
   m.def(
       "_pool_projected_backward(Tensor grad, Tensor? grad_lse, Tensor lse, Tensor saved, "
       "Tensor x, Tensor q, Tensor k_weight, Tensor v_weight, Tensor? q_weight, Tensor? out_weight, "
-      "Tensor? key_mask, "
-      "Tensor? norm_weight, Tensor? norm_bias, int heads, bool cyclic, float scale, int norm, "
+      "Tensor? key_mask, Tensor? norm_weight, Tensor? norm_bias, int heads, bool cyclic, "
+      "float scale, int norm, "
       "float norm_eps, bool need_x_grad, bool need_weight_grads) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -72,7 +72,7 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
         module = getattr(attention, name) if children is None else children[name]
         if type(module) is not nn.Linear:
             reasons += (f"{name} is a {type(module).__name__}, not a Linear",)
-        elif module._forward_hooks or module._forward_pre_hooks:
+        elif module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             reasons += (f"{name} has hooks",)
         elif (module._parameters["bias"] if "bias" in module._parameters else module.bias) is not None:  # noqa: SIM401
             reasons += (f"{name} has a bias",)
