@@ -318,7 +318,7 @@ void backward_typed(const AttentionBackwardParams& g, const Parallel& parallel, 
   const int64_t per_unit = packs + plan.key_blocks;
   if (plan.units >= kHeadsPerWorker * plan.workers) {
     run_in_runs(
-        parallel, plan.workers, plan.units,
+        parallel, plan.workers, plan.units, g.forward.key_mask == nullptr,
         [&](int64_t first, int64_t last, int64_t worker) { run_units<S>(m, first, last, worker); });
     return;
   }

@@ -287,7 +287,7 @@ void forward_typed(const AttentionParams& p, const Parallel& parallel, void* wor
   }
   if (m.plan.whole) {
     run_in_runs(
-        parallel, m.plan.workers, p.batch * p.key_heads,
+        parallel, m.plan.workers, p.batch * p.key_heads, p.key_mask == nullptr,
         [&](int64_t first, int64_t last, int64_t worker) { run_heads<S>(m, first, last, worker); });
     return;
   }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "tile.h"
 #include "vec.h"
@@ -190,9 +191,17 @@ void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x
 // -------------------------------------------------------------------------------------------------
 // Weighted sums.
 
-// acc[r][v] += sum over n of w(r, n) x(n, v). Of the tokens to come the same panel is fetched, of
-// every other one: dot_rows has fetched the others, so that memory is kept busy all the time.
-template <typename T, int kRows, int kVectors, bool kAhead>
+// What weighted sums fetch of the tokens to come: the odd ones where inner products have fetched
+// the others, so that memory is kept busy all the time, or all of them.
+enum class Fetched { kNone, kOdd, kAll };
+
+// Whether sums of so many rows fetch all: inner products, which load more for each multiply-add,
+// are faster alone then. Few rows would not cover it.
+constexpr bool sums_fetch_all(int64_t rows) { return kManyRegisters && rows >= 6; }
+
+// acc[r][v] = or += sum over n of w(r, n) x(n, v). Of tokens `ahead` elements further a line more
+// is fetched than is read here.
+template <typename T, int kRows, int kVectors, bool kAccumulate, Fetched kFetched>
 static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, const T* x,
                                                int64_t x_stride, int64_t tokens, int64_t ahead,
                                                T* out, int64_t out_stride) {
@@ -200,17 +209,19 @@ static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, con
   X_ROPE_CLS_UNROLL
   for (int r = 0; r < kRows; ++r) {
     X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = load<T>(out + r * out_stride + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) {
+      acc[r][v] = kAccumulate ? load<T>(out + r * out_stride + v * kLanes<T>) : Vec<T>{};
+    }
   }
   auto rows = LeftRows<T, Left::kByRow, kRows>::make(w, w_stride);
   for (int64_t n = 0; n < tokens; ++n) {
     Vec<T> right[kVectors];
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load<T>(x + v * kLanes<T>);
-    if (kAhead && n % 2 != 0) {
+    if (kFetched == Fetched::kAll || (kFetched == Fetched::kOdd && n % 2 != 0)) {
       constexpr int kLine = 64 / static_cast<int>(sizeof(T));
       X_ROPE_CLS_UNROLL
-      for (int c = 0; c < kVectors * kLanes<T>; c += kLine) {
+      for (int c = 0; c < kVectors * kLanes<T> + kLine; c += kLine) {
         __builtin_prefetch(x + ahead + c, 0, 2);
       }
     }
@@ -230,73 +241,77 @@ static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, con
   }
 }
 
-// All channels of one tile of rows: panels of kVectors, then of two and of one.
-template <typename T, int kRows, int kVectors>
+// All channels of one tile of rows: panels of kVectors, then of two and of one. The first panels
+// fetch all that there is of the tokens to come, so that it is there when it is wanted.
+template <typename T, int kRows, int kVectors, bool kAccumulate>
 X_ROPE_CLS_INLINE void sum_row_tile(const T* w, int64_t w_stride, const TokenBlock<T>& x,
-                                    int64_t channels, int64_t ahead, T* out, int64_t out_stride) {
+                                    int64_t channels, Fetched fetched, int64_t ahead, T* out,
+                                    int64_t out_stride) {
   constexpr int64_t kWide = kVectors * kLanes<T>;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  constexpr auto kNone = sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kNone>;
+  const auto fetch =
+      fetched == Fetched::kAll   ? sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kAll>
+      : fetched == Fetched::kOdd ? sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kOdd>
+                                 : kNone;
   int64_t c = 0;
   for (; c + kWide <= channels; c += kWide) {
-    if (ahead != 0) {
-      sum_tile<T, kRows, kVectors, true>(w, w_stride, x.data + c, x.stride, x.tokens, ahead,
-                                         out + c, out_stride);
-    } else {
-      sum_tile<T, kRows, kVectors, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
-                                          out_stride);
-    }
+    const int64_t more = c / kWide * kLine;
+    const auto tile = c + more < channels ? fetch : kNone;
+    tile(w, w_stride, x.data + c, x.stride, x.tokens, ahead + more, out + c, out_stride);
   }
   for (; c + 2 * kLanes<T> <= channels; c += 2 * kLanes<T>) {
-    sum_tile<T, kRows, 2, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
-                                 out_stride);
+    sum_tile<T, kRows, 2, kAccumulate, Fetched::kNone>(w, w_stride, x.data + c, x.stride, x.tokens,
+                                                       0, out + c, out_stride);
   }
   if (c < channels) {
-    sum_tile<T, kRows, 1, false>(w, w_stride, x.data + c, x.stride, x.tokens, 0, out + c,
-                                 out_stride);
+    sum_tile<T, kRows, 1, kAccumulate, Fetched::kNone>(w, w_stride, x.data + c, x.stride, x.tokens,
+                                                       0, out + c, out_stride);
   }
 }
 
-// out[r * out_stride + c] += sum over n of w[r * w_stride + n] x_n[c]. channels: a multiple of the
-// lanes. `ahead`: as `next` of dot_rows, which has been told the same.
-template <typename T>
+// out[r * out_stride + c] = or += sum over n of w[r * w_stride + n] x_n[c]. channels: a multiple of
+// the lanes. `ahead`: as `next` of dot_rows, which has been told the same unless sums_fetch_all.
+template <typename T, bool kAccumulate = true>
 void sum_rows(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
               int64_t ahead, T* out, int64_t out_stride) {
-  for (int64_t r = 0; r < rows;) {
+  Fetched fetched = ahead == 0             ? Fetched::kNone
+                    : sums_fetch_all(rows) ? Fetched::kAll
+                                           : Fetched::kOdd;
+  int64_t r = 0;
+  const auto tile = [&](auto count, auto vectors) {
+    constexpr int kRows = decltype(count)::value;
+    sum_row_tile<T, kRows, decltype(vectors)::value, kAccumulate>(
+        w + r * w_stride, w_stride, x, channels, fetched, ahead, out + r * out_stride, out_stride);
+    fetched = Fetched::kNone;  // once is enough
+    r += kRows;
+  };
+  using std::integral_constant;
+  while (r < rows) {
     const int64_t left = rows - r;
-    const T* const from = w + r * w_stride;
-    T* const to = out + r * out_stride;
-    int64_t take = 1;
     if constexpr (kManyRegisters) {
       if (left >= 8 && left != 9 && left != 10 && left != 12) {
-        sum_row_tile<T, 8, 3>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 8;
+        tile(integral_constant<int, 8>{}, integral_constant<int, 3>{});
       } else if (left >= 6) {
-        sum_row_tile<T, 6, 4>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 6;
+        tile(integral_constant<int, 6>{}, integral_constant<int, 4>{});
       } else if (left >= 4) {
-        sum_row_tile<T, 4, 6>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 4;
+        tile(integral_constant<int, 4>{}, integral_constant<int, 6>{});
       } else if (left >= 2) {
-        sum_row_tile<T, 2, 8>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 2;
+        tile(integral_constant<int, 2>{}, integral_constant<int, 8>{});
       } else {
-        sum_row_tile<T, 1, 8>(from, w_stride, x, channels, ahead, to, out_stride);
+        tile(integral_constant<int, 1>{}, integral_constant<int, 8>{});
       }
     } else {
       if (left >= 6 && left != 8) {
-        sum_row_tile<T, 6, 2>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 6;
+        tile(integral_constant<int, 6>{}, integral_constant<int, 2>{});
       } else if (left >= 4) {
-        sum_row_tile<T, 4, 3>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 4;
+        tile(integral_constant<int, 4>{}, integral_constant<int, 3>{});
       } else if (left >= 2) {
-        sum_row_tile<T, 2, 4>(from, w_stride, x, channels, ahead, to, out_stride);
-        take = 2;
+        tile(integral_constant<int, 2>{}, integral_constant<int, 4>{});
       } else {
-        sum_row_tile<T, 1, 6>(from, w_stride, x, channels, ahead, to, out_stride);
+        tile(integral_constant<int, 1>{}, integral_constant<int, 6>{});
       }
     }
-    ahead = 0;  // once is enough
-    r += take;
   }
 }
 

@@ -31,13 +31,18 @@ X_ROPE_CLS_INLINE PartialSums<T> sums_from(const PartialSums<T>& s, int64_t row,
   return {s.out + row * width, s.maximum + row, s.sum + row};
 }
 
+// Before the first weights; `out` is left as it is.
 template <typename T>
-X_ROPE_CLS_INLINE void clear_sums(const PartialSums<T>& s, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows * width; ++i) s.out[i] = T{0};
+X_ROPE_CLS_INLINE void start_sums(const PartialSums<T>& s, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
     s.maximum[r] = -kInfinity<T>;
     s.sum[r] = T{0};
   }
+}
+template <typename T>
+X_ROPE_CLS_INLINE void clear_sums(const PartialSums<T>& s, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows * width; ++i) s.out[i] = T{0};
+  start_sums(s, rows);
 }
 
 // out = the weighted mean of rows 0, step, 2 * step, ... of `parts`, `count` of them, whose sums of

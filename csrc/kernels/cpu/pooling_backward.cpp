@@ -292,10 +292,12 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    const int64_t next = sums_fetch_all(plan.rows) ? 0 : ahead;
     if (plan.quads) {
-      quad_rows(s.quads, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+      const bool near = i == range.first && !range.fetched;
+      quad_rows(s.quads, 2 * plan.rows, x, plan.width, near, next, s.scores, plan.columns);
     } else {
-      dot_rows(s.stack, plan.stride, 2 * plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+      dot_rows(s.stack, plan.stride, 2 * plan.rows, x, plan.width, next, s.scores, plan.columns);
     }
     pool_score_grads(plan, g, range.b, count, s);
     if (tokens_too) token_grads<S, Compute<S>>(plan, g, range, i, count, s, sums);
@@ -363,7 +365,7 @@ void pool_backward_typed(const PoolBackwardParams& g, const Parallel& parallel, 
   Arena arena{static_cast<char*>(workspace), 0};
   const auto m = take_pool_grad_memory<S>(g, parallel.workers, arena);
   fill_kept(m.plan);
-  run_in_runs(parallel, m.plan.workers, m.plan.tasks,
+  run_in_runs(parallel, m.plan.workers, m.plan.tasks, m.plan.kept == nullptr,
               [&](int64_t first, int64_t last, int64_t worker) {
                 pool_grad_tasks<S>(m, g, first, last, m.scratch[worker]);
               });

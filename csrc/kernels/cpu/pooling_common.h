@@ -9,6 +9,7 @@
 #include "convert.h"
 #include "few_rows.h"
 #include "few_rows_bf16.h"
+#include "quad_rows.h"
 #include "softmax.h"
 #include "tasks.h"
 #include "vec.h"
@@ -16,7 +17,9 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-constexpr int64_t kPoolBlockBytes = 131072;  // of token states between the two products: in L2
+// Of token states between the two products: in L2, and the same of those that are fetched
+// meanwhile.
+constexpr int64_t kPoolBlockBytes = kManyRegisters ? 262144 : 131072;
 constexpr int64_t kPoolMostTokens = 128;     // of a block
 constexpr int64_t kPoolTasks = 16;           // that a call is cut into where it is large enough
 constexpr int64_t kPoolManyTasks = 32;       // where parts stay long
@@ -233,14 +236,15 @@ X_ROPE_CLS_INLINE S* token_at(const Tensor3& t, int64_t b, int64_t n) {
 }
 
 // Blocks are fetched while their predecessors are summed up. Of one without, all is asked for at
-// once.
+// once, or, by quad_rows, as it goes.
 template <typename S>
 X_ROPE_CLS_INLINE TokenBlock<S> block_in_place(const PoolPlan& plan, const TokenRange& range,
                                                int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
   const PoolParams& p = *plan.p;
   const S* from = token_at<const S>(p.x, range.b, range.token(first));
-  for (int64_t i = 0; first == range.first && !range.fetched && i < count; ++i) {
+  const int64_t asked = plan.quads ? min_of<int64_t>(count, quad_tokens(1)) : count;
+  for (int64_t i = 0; first == range.first && !range.fetched && i < asked; ++i) {
     const S* row = from + i * p.x.stride_n;
     for (int64_t c = 0; c < p.channels; c += kLine) __builtin_prefetch(row + c, 0, 2);
   }

@@ -172,7 +172,11 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
   if (plan.lanes > 0 && range.first < range.last) {
     return pool_range_lanes<S>(plan, range, after, s, sums);
   }
-  clear_sums(sums, plan.rows, plan.width);
+  if (plan.dots || range.first >= range.last) {
+    clear_sums(sums, plan.rows, plan.width);
+  } else {
+    start_sums(sums, plan.rows);
+  }
   int64_t ahead = 0;
   for (int64_t i = range.first; i < range.last; i += plan.block) {
     const int64_t count = min_of(plan.block, range.last - i);
@@ -187,13 +191,16 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     }
     const auto x = read_block<S>(plan, range, i, count, s.buffer, s.moments);
     ahead = distance_to_next<S>(plan, range, i + count, after, x);
+    const int64_t next = sums_fetch_all(plan.rows) ? 0 : ahead;
     if (plan.quads) {
-      quad_rows(s.query, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+      const bool near = i == range.first && !range.fetched;
+      quad_rows(s.query, plan.rows, x, plan.width, near, next, s.scores, plan.columns);
     } else {
-      dot_rows(s.query, plan.stride, plan.rows, x, plan.width, ahead, s.scores, plan.columns);
+      dot_rows(s.query, plan.stride, plan.rows, x, plan.width, next, s.scores, plan.columns);
     }
     soften_pool(plan, count, s.scores, sums);
-    sum_rows(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
+    const auto sum = i == range.first ? sum_rows<T, false> : sum_rows<T, true>;
+    sum(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
   }
   return ahead != 0;
 }
@@ -261,7 +268,7 @@ void pool_forward_typed(const PoolParams& p, const Parallel& parallel, void* wor
   const auto m = take_pool_memory<S>(p, parallel.workers, arena);
   fill_kept(m.plan);
   for (int64_t b = 0; m.plan.chunks > 1 && b < p.batch; ++b) m.done[b].value = 0;
-  run_in_runs(parallel, m.plan.workers, m.plan.tasks,
+  run_in_runs(parallel, m.plan.workers, m.plan.tasks, m.plan.kept == nullptr,
               [&](int64_t first, int64_t last, int64_t worker) {
                 for_each_range(m.plan, first, last, [&](int64_t i, const auto&... ranges) {
                   return pool_part<S>(m, i, ranges..., m.scratch[worker]);

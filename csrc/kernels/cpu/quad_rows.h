@@ -178,7 +178,7 @@ static __attribute__((noinline)) void quad_tile(const T* quads, int64_t quads_st
 
 // Tokens of a tile of so many fours.
 constexpr int quad_tokens(int quads) {
-  if (kManyRegisters) return quads == 2 ? 4 : 8;
+  if (kManyRegisters) return 8;
   return quads == 3 ? 4 : quads == 2 ? 6 : 8;
 }
 
@@ -204,10 +204,11 @@ void quad_pass(const T* quads, int64_t quads_stride, const TokenBlock<T>& x, int
 }
 
 // As dot_rows, for rows as rows_to_quads lays them out. Columns behind the last token are left
-// alone.
+// alone. near: whether tokens are not in the cache yet, and each tile fetches those of the next
+// one; beside the loads of two fours there is no time for it otherwise.
 template <typename T>
-void quad_rows(const T* quads, int64_t rows, const TokenBlock<T>& x, int64_t channels, int64_t next,
-               T* out, int64_t out_stride) {
+void quad_rows(const T* quads, int64_t rows, const TokenBlock<T>& x, int64_t channels, bool near,
+               int64_t next, T* out, int64_t out_stride) {
   if constexpr (fills_quads<T>(kQuad)) {
     constexpr int64_t kTogether = 24;  // tokens that all rows meet while they are near
     const int64_t stride = quad_stride<T>(channels);
@@ -226,7 +227,7 @@ void quad_rows(const T* quads, int64_t rows, const TokenBlock<T>& x, int64_t cha
         const auto pass = take == 3   ? quad_pass<T, 3>
                           : take == 2 ? quad_pass<T, 2>
                                       : quad_pass<T, 1>;
-        pass(quads + i * stride, stride, x, n, last, channels, i == 0, far,
+        pass(quads + i * stride, stride, x, n, last, channels, (near || take != 2) && i == 0, far,
              out + i * kQuad * out_stride, out_stride);
       }
     }

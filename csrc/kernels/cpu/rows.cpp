@@ -169,7 +169,7 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
       if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
       if (plan.quads) {
         const T* const quads = reinterpret_cast<const T*>(s.rows);
-        return quad_rows(quads, plan.rows, x, plan.inner, next, s.sums, plan.stride);
+        return quad_rows(quads, plan.rows, x, plan.inner, true, next, s.sums, plan.stride);
       }
     }
     const int64_t odd = next + x.stride;
@@ -242,7 +242,7 @@ void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, vo
   Arena arena{static_cast<char*>(workspace), 0};
   RowsScratch<S>* scratch = take_rows_scratch<S>(plan, p.inner, arena);
   if (plan.rows == 0) return;
-  run_in_runs(parallel, plan.workers, p.by.groups * plan.parts,
+  run_in_runs(parallel, plan.workers, p.by.groups * plan.parts, true,
               [&](int64_t first, int64_t last, int64_t worker) {
                 for (int64_t task = first; task < last; ++task) {
                   rows_product_task<S>(p, plan, task, task + 1 == last, scratch[worker]);
