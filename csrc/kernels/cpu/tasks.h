@@ -67,7 +67,8 @@ struct RunLoop {
   int64_t share;  // of a worker before it takes what comes
   static void run(void* self, int64_t worker) {
     auto& loop = *static_cast<RunLoop*>(self);
-    if (loop.share > 0) (*loop.body)(worker* loop.share, (worker + 1) * loop.share, worker);
+    const int64_t own = worker * loop.share;
+    if (loop.share > 0) (*loop.body)(own, own + loop.share, worker);
     int64_t first = __atomic_load_n(&loop.next.value, __ATOMIC_ACQUIRE);
     while (first < loop.tasks) {
       const int64_t last = first + ceil_div(loop.tasks - first, 2 * loop.workers);
