@@ -284,32 +284,32 @@ void sum_rows(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x
     sum_row_tile<T, kRows, decltype(vectors)::value, kAccumulate>(
         w + r * w_stride, w_stride, x, channels, fetched, ahead, out + r * out_stride, out_stride);
     fetched = Fetched::kNone;  // once is enough
-    r += kRows;
+    return kRows;
   };
   using std::integral_constant;
   while (r < rows) {
     const int64_t left = rows - r;
     if constexpr (kManyRegisters) {
       if (left >= 8 && left != 9 && left != 10 && left != 12) {
-        tile(integral_constant<int, 8>{}, integral_constant<int, 3>{});
+        r += tile(integral_constant<int, 8>{}, integral_constant<int, 3>{});
       } else if (left >= 6) {
-        tile(integral_constant<int, 6>{}, integral_constant<int, 4>{});
+        r += tile(integral_constant<int, 6>{}, integral_constant<int, 4>{});
       } else if (left >= 4) {
-        tile(integral_constant<int, 4>{}, integral_constant<int, 6>{});
+        r += tile(integral_constant<int, 4>{}, integral_constant<int, 6>{});
       } else if (left >= 2) {
-        tile(integral_constant<int, 2>{}, integral_constant<int, 8>{});
+        r += tile(integral_constant<int, 2>{}, integral_constant<int, 8>{});
       } else {
-        tile(integral_constant<int, 1>{}, integral_constant<int, 8>{});
+        r += tile(integral_constant<int, 1>{}, integral_constant<int, 8>{});
       }
     } else {
       if (left >= 6 && left != 8) {
-        tile(integral_constant<int, 6>{}, integral_constant<int, 2>{});
+        r += tile(integral_constant<int, 6>{}, integral_constant<int, 2>{});
       } else if (left >= 4) {
-        tile(integral_constant<int, 4>{}, integral_constant<int, 3>{});
+        r += tile(integral_constant<int, 4>{}, integral_constant<int, 3>{});
       } else if (left >= 2) {
-        tile(integral_constant<int, 2>{}, integral_constant<int, 4>{});
+        r += tile(integral_constant<int, 2>{}, integral_constant<int, 4>{});
       } else {
-        tile(integral_constant<int, 1>{}, integral_constant<int, 6>{});
+        r += tile(integral_constant<int, 1>{}, integral_constant<int, 6>{});
       }
     }
   }
