@@ -172,6 +172,7 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
   if (plan.lanes > 0 && range.first < range.last) {
     return pool_range_lanes<S>(plan, range, after, s, sums);
   }
+  // The first block's sums need no zeros, but for those of bfloat16, which are only added to.
   if (plan.dots || range.first >= range.last) {
     clear_sums(sums, plan.rows, plan.width);
   } else {
