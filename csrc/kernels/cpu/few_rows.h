@@ -78,10 +78,15 @@ X_ROPE_CLS_INLINE void store_sums(const Vec<T> (&v)[kDotTokens], T* to) {
 // What is fetched while inner products of tokens are taken.
 struct Fetch {
   int64_t near;  // distance to the same channels of the next tokens, into L1; 0: none
-  int64_t far;   // of the first and third of them in the next block, into L2; 0: none
+  int64_t far;   // to those of the next block, into L2; 0: none
 };
 
-template <typename T, int kRows, bool kNear, bool kFar>
+// Which of the tokens to come are fetched: every other one where something else fetches the rest.
+enum class Fetched { kNone, kHalf, kAll };
+template <Fetched kFetched>
+using FetchedConstant = std::integral_constant<Fetched, kFetched>;
+
+template <typename T, int kRows, bool kNear, Fetched kFar>
 static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, const T* x0,
                                                const T* x1, const T* x2, const T* x3,
                                                int64_t channels, Fetch fetch, T* out,
@@ -96,7 +101,9 @@ static __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, con
     for (int j = 0; j < kDotTokens; ++j) {
       const Vec<T> right = load<T>(from[j] + c);
       if constexpr (kNear) __builtin_prefetch(from[j] + fetch.near + c, 0, 3);
-      if (kFar && j % 2 == 0) __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
+      if (kFar == Fetched::kAll || (kFar == Fetched::kHalf && j % 2 == 0)) {
+        __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
+      }
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] += left[r] * right;
     }
@@ -122,13 +129,15 @@ struct DotTile {
   T* out;
   int64_t rows;
   Fetch fetch;
+  bool all;  // fetch.far: of all tokens, not of every other one
 };
 
 // f(tile) for every tile of rows and kDotTokens tokens; behind the last token it is repeated. The
-// first rows that meet tokens fetch those that follow, the second ones those of the next block.
+// first rows that meet tokens fetch those that follow, the second ones those of the next block, all
+// of them or every other one.
 template <typename S, typename T, typename F>
 X_ROPE_CLS_INLINE void for_each_dot_tile(const S* a, int64_t a_stride, int64_t rows,
-                                         const TokenBlock<S>& x, int64_t next, T* out,
+                                         const TokenBlock<S>& x, int64_t next, bool all, T* out,
                                          int64_t out_stride, F&& f) {
   constexpr int64_t kTogether = 16;  // rows that pass over the tokens while they are in L1
   for (int64_t start = 0; start < rows; start += kTogether) {
@@ -145,6 +154,7 @@ X_ROPE_CLS_INLINE void for_each_dot_tile(const S* a, int64_t a_stride, int64_t r
         tile.rows = dot_rows_next(end - r);
         if (r == start && n + 2 * kDotTokens <= x.tokens) tile.fetch.near = kDotTokens * x.stride;
         if (start == 0 && r == (second < end ? second : start)) tile.fetch.far = next;
+        tile.all = all;
         f(tile);
       }
     }
@@ -162,26 +172,27 @@ X_ROPE_CLS_INLINE void with_dot_rows(int64_t rows, F&& f) {
   if (rows == 2) return f(std::integral_constant<int, 2>{});
   f(std::integral_constant<int, 1>{});
 }
-template <typename F>
-X_ROPE_CLS_INLINE void with_dot_tile(int64_t rows, const Fetch& fetch, F&& f) {
-  with_dot_rows(rows, [&](auto count) {
-    if (fetch.near != 0) {
-      if (fetch.far != 0) return f(count, std::true_type{}, std::true_type{});
-      return f(count, std::true_type{}, std::false_type{});
-    }
-    if (fetch.far != 0) return f(count, std::false_type{}, std::true_type{});
-    f(count, std::false_type{}, std::false_type{});
+template <typename S, typename T, typename F>
+X_ROPE_CLS_INLINE void with_dot_tile(const DotTile<S, T>& tile, F&& f) {
+  const Fetch& fetch = tile.fetch;
+  with_dot_rows(tile.rows, [&](auto count) {
+    const auto with_far = [&](auto near) {
+      if (fetch.far == 0) return f(count, near, FetchedConstant<Fetched::kNone>{});
+      if (tile.all) return f(count, near, FetchedConstant<Fetched::kAll>{});
+      f(count, near, FetchedConstant<Fetched::kHalf>{});
+    };
+    fetch.near != 0 ? with_far(std::true_type{}) : with_far(std::false_type{});
   });
 }
 
 // out[r * out_stride + n] = <a_r, x_n>, columns up to the next multiple of kDotTokens are written.
 // channels: a multiple of the lanes. `next`: distance in elements to the tokens that will be read
-// next, of which every other is fetched into the cache meanwhile; 0: none.
+// next, of which every other, or all, are fetched into the cache meanwhile; 0: none.
 template <typename T>
 void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
-              int64_t next, T* out, int64_t out_stride) {
-  for_each_dot_tile(a, a_stride, rows, x, next, out, out_stride, [&](const DotTile<T, T>& t) {
-    with_dot_tile(t.rows, t.fetch, [&](auto count, auto near, auto far) {
+              int64_t next, T* out, int64_t out_stride, bool all = false) {
+  for_each_dot_tile(a, a_stride, rows, x, next, all, out, out_stride, [&](const DotTile<T, T>& t) {
+    with_dot_tile(t, [&](auto count, auto near, auto far) {
       dot_tile<T, decltype(count)::value, decltype(near)::value, decltype(far)::value>(
           t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, t.fetch, t.out, out_stride);
     });
@@ -191,9 +202,8 @@ void dot_rows(const T* a, int64_t a_stride, int64_t rows, const TokenBlock<T>& x
 // -------------------------------------------------------------------------------------------------
 // Weighted sums.
 
-// What weighted sums fetch of the tokens to come: the odd ones where inner products have fetched
-// the others, so that memory is kept busy all the time, or all of them.
-enum class Fetched { kNone, kOdd, kAll };
+// Weighted sums fetch the odd ones of the tokens to come where inner products have fetched the
+// others, so that memory is kept busy all the time, or all of them.
 
 // Whether sums of so many rows fetch all: inner products, which load more for each multiply-add,
 // are faster alone then. Few rows would not cover it.
@@ -218,7 +228,7 @@ static __attribute__((noinline)) void sum_tile(const T* w, int64_t w_stride, con
     Vec<T> right[kVectors];
     X_ROPE_CLS_UNROLL
     for (int v = 0; v < kVectors; ++v) right[v] = load<T>(x + v * kLanes<T>);
-    if (kFetched == Fetched::kAll || (kFetched == Fetched::kOdd && n % 2 != 0)) {
+    if (kFetched == Fetched::kAll || (kFetched == Fetched::kHalf && n % 2 != 0)) {
       constexpr int kLine = 64 / static_cast<int>(sizeof(T));
       X_ROPE_CLS_UNROLL
       for (int c = 0; c < kVectors * kLanes<T> + kLine; c += kLine) {
@@ -247,37 +257,35 @@ template <typename T, int kRows, int kVectors, bool kAccumulate>
 X_ROPE_CLS_INLINE void sum_row_tile(const T* w, int64_t w_stride, const TokenBlock<T>& x,
                                     int64_t channels, Fetched fetched, int64_t ahead, T* out,
                                     int64_t out_stride) {
-  constexpr int64_t kWide = kVectors * kLanes<T>;
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
-  constexpr auto kNone = sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kNone>;
-  const auto fetch =
-      fetched == Fetched::kAll   ? sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kAll>
-      : fetched == Fetched::kOdd ? sum_tile<T, kRows, kVectors, kAccumulate, Fetched::kOdd>
-                                 : kNone;
   int64_t c = 0;
-  for (; c + kWide <= channels; c += kWide) {
-    const int64_t more = c / kWide * kLine;
-    const auto tile = c + more < channels ? fetch : kNone;
-    tile(w, w_stride, x.data + c, x.stride, x.tokens, ahead + more, out + c, out_stride);
-  }
-  for (; c + 2 * kLanes<T> <= channels; c += 2 * kLanes<T>) {
-    sum_tile<T, kRows, 2, kAccumulate, Fetched::kNone>(w, w_stride, x.data + c, x.stride, x.tokens,
-                                                       0, out + c, out_stride);
-  }
-  if (c < channels) {
-    sum_tile<T, kRows, 1, kAccumulate, Fetched::kNone>(w, w_stride, x.data + c, x.stride, x.tokens,
-                                                       0, out + c, out_stride);
-  }
+  int64_t more = 0;  // a line for each panel so far
+  const auto panels_of = [&](auto vectors) {
+    constexpr int kWide = decltype(vectors)::value;
+    constexpr auto kNone = sum_tile<T, kRows, kWide, kAccumulate, Fetched::kNone>;
+    const auto fetch =
+        fetched == Fetched::kAll    ? sum_tile<T, kRows, kWide, kAccumulate, Fetched::kAll>
+        : fetched == Fetched::kHalf ? sum_tile<T, kRows, kWide, kAccumulate, Fetched::kHalf>
+                                    : kNone;
+    for (; c + kWide * kLanes<T> <= channels; c += kWide * kLanes<T>, more += kLine) {
+      const auto tile = c + more < channels ? fetch : kNone;
+      tile(w, w_stride, x.data + c, x.stride, x.tokens, ahead + more, out + c, out_stride);
+    }
+  };
+  panels_of(std::integral_constant<int, kVectors>{});
+  if constexpr (kVectors > 2) panels_of(std::integral_constant<int, 2>{});
+  panels_of(std::integral_constant<int, 1>{});
 }
 
 // out[r * out_stride + c] = or += sum over n of w[r * w_stride + n] x_n[c]. channels: a multiple of
-// the lanes. `ahead`: as `next` of dot_rows, which has been told the same unless sums_fetch_all.
+// the lanes. `ahead`: as `next` of dot_rows, which has been told the same unless `all` or
+// sums_fetch_all.
 template <typename T, bool kAccumulate = true>
 void sum_rows(const T* w, int64_t w_stride, int64_t rows, const TokenBlock<T>& x, int64_t channels,
-              int64_t ahead, T* out, int64_t out_stride) {
-  Fetched fetched = ahead == 0             ? Fetched::kNone
-                    : sums_fetch_all(rows) ? Fetched::kAll
-                                           : Fetched::kOdd;
+              int64_t ahead, T* out, int64_t out_stride, bool all = false) {
+  Fetched fetched = ahead == 0                    ? Fetched::kNone
+                    : all || sums_fetch_all(rows) ? Fetched::kAll
+                                                  : Fetched::kHalf;
   int64_t r = 0;
   const auto tile = [&](auto count, auto vectors) {
     constexpr int kRows = decltype(count)::value;

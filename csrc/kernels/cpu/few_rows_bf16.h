@@ -21,7 +21,7 @@ X_ROPE_CLS_INLINE __m512 add_dots(__m512 sum, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
-template <int kRows, bool kNear, bool kFar>
+template <int kRows, bool kNear, Fetched kFar>
 static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a_stride,
                                                     const BFloat16* x0, const BFloat16* x1,
                                                     const BFloat16* x2, const BFloat16* x3,
@@ -42,7 +42,9 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
     for (int j = 0; j < kDotTokens; ++j) {
       const __m512i right = load_bits(from[j] + c);
       if constexpr (kNear) __builtin_prefetch(from[j] + fetch.near + c, 0, 3);
-      if (kFar && j % 2 == 0) __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
+      if (kFar == Fetched::kAll || (kFar == Fetched::kHalf && j % 2 == 0)) {
+        __builtin_prefetch(from[j] + fetch.far + c, 0, 2);
+      }
       X_ROPE_CLS_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] = add_dots(acc[r][j], left[r], right);
     }
@@ -59,10 +61,10 @@ static __attribute__((noinline)) void dot_tile_bf16(const BFloat16* a, int64_t a
 // As dot_rows. channels: a multiple of kDotChannels.
 static inline void dot_rows(const BFloat16* a, int64_t a_stride, int64_t rows,
                             const TokenBlock<BFloat16>& x, int64_t channels, int64_t next,
-                            float* out, int64_t out_stride) {
+                            float* out, int64_t out_stride, bool all = false) {
   for_each_dot_tile(
-      a, a_stride, rows, x, next, out, out_stride, [&](const DotTile<BFloat16, float>& t) {
-        with_dot_tile(t.rows, t.fetch, [&](auto count, auto near, auto far) {
+      a, a_stride, rows, x, next, all, out, out_stride, [&](const DotTile<BFloat16, float>& t) {
+        with_dot_tile(t, [&](auto count, auto near, auto far) {
           dot_tile_bf16<decltype(count)::value, decltype(near)::value, decltype(far)::value>(
               t.a, a_stride, t.x[0], t.x[1], t.x[2], t.x[3], channels, t.fetch, t.out, out_stride);
         });
@@ -71,7 +73,7 @@ static inline void dot_rows(const BFloat16* a, int64_t a_stride, int64_t rows,
 
 // acc[r][2 i], acc[r][2 i + 1] += channels 32 i ... of w(r, n) x_n + w(r, n + 1) x_(n + 1), for all
 // pairs of tokens. Interleaving two tokens leaves channels in another order, see natural_order.
-template <int kRows, int kPieces, bool kAhead>
+template <int kRows, int kPieces, Fetched kFetched>
 static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w_stride,
                                                     const TokenBlock<BFloat16>& x, int64_t ahead,
                                                     float* out, int64_t out_stride) {
@@ -92,7 +94,8 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
       const __m512i b = load_bits(odd + kDotChannels * i);
       right[2 * i] = _mm512_unpacklo_epi16(a, b);
       right[2 * i + 1] = _mm512_unpackhi_epi16(a, b);
-      if constexpr (kAhead) __builtin_prefetch(odd + ahead + kDotChannels * i, 0, 2);
+      if (kFetched == Fetched::kAll) __builtin_prefetch(even + ahead + kDotChannels * i, 0, 2);
+      if (kFetched != Fetched::kNone) __builtin_prefetch(odd + ahead + kDotChannels * i, 0, 2);
     }
     X_ROPE_CLS_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -113,17 +116,18 @@ static __attribute__((noinline)) void sum_tile_bf16(const BFloat16* w, int64_t w
 
 template <int kRows, int kPieces>
 X_ROPE_CLS_INLINE void sum_row_tile_bf16(const BFloat16* w, int64_t w_stride,
-                                         TokenBlock<BFloat16> x, int64_t channels, int64_t ahead,
-                                         float* out, int64_t out_stride) {
+                                         TokenBlock<BFloat16> x, int64_t channels, Fetched fetched,
+                                         int64_t ahead, float* out, int64_t out_stride) {
+  const auto tile = fetched == Fetched::kAll    ? sum_tile_bf16<kRows, kPieces, Fetched::kAll>
+                    : fetched == Fetched::kHalf ? sum_tile_bf16<kRows, kPieces, Fetched::kHalf>
+                                                : sum_tile_bf16<kRows, kPieces, Fetched::kNone>;
   int64_t c = 0;
   for (; c + kDotChannels * kPieces <= channels; c += kDotChannels * kPieces) {
-    const auto tile =
-        ahead != 0 ? sum_tile_bf16<kRows, kPieces, true> : sum_tile_bf16<kRows, kPieces, false>;
     tile(w, w_stride, x, ahead, out + c, out_stride);
     x.data += kDotChannels * kPieces;
   }
   for (; c < channels; c += kDotChannels) {
-    sum_tile_bf16<kRows, 1, false>(w, w_stride, x, 0, out + c, out_stride);
+    sum_tile_bf16<kRows, 1, Fetched::kNone>(w, w_stride, x, 0, out + c, out_stride);
     x.data += kDotChannels;
   }
 }
@@ -132,28 +136,29 @@ X_ROPE_CLS_INLINE void sum_row_tile_bf16(const BFloat16* w, int64_t w_stride,
 // an even number, with zeros.
 static inline void sum_rows(const BFloat16* w, int64_t w_stride, int64_t rows,
                             const TokenBlock<BFloat16>& x, int64_t channels, int64_t ahead,
-                            float* out, int64_t out_stride) {
+                            float* out, int64_t out_stride, bool all = false) {
+  Fetched fetched = ahead == 0 ? Fetched::kNone : all ? Fetched::kAll : Fetched::kHalf;
   for (int64_t r = 0; r < rows;) {
     const int64_t left = rows - r;
     const BFloat16* const from = w + r * w_stride;
     float* const to = out + r * out_stride;
     int64_t take = 1;
     if (left >= 8 && left != 9 && left != 10 && left != 12) {
-      sum_row_tile_bf16<8, 1>(from, w_stride, x, channels, ahead, to, out_stride);
+      sum_row_tile_bf16<8, 1>(from, w_stride, x, channels, fetched, ahead, to, out_stride);
       take = 8;
     } else if (left >= 6) {
-      sum_row_tile_bf16<6, 2>(from, w_stride, x, channels, ahead, to, out_stride);
+      sum_row_tile_bf16<6, 2>(from, w_stride, x, channels, fetched, ahead, to, out_stride);
       take = 6;
     } else if (left >= 4) {
-      sum_row_tile_bf16<4, 2>(from, w_stride, x, channels, ahead, to, out_stride);
+      sum_row_tile_bf16<4, 2>(from, w_stride, x, channels, fetched, ahead, to, out_stride);
       take = 4;
     } else if (left >= 2) {
-      sum_row_tile_bf16<2, 4>(from, w_stride, x, channels, ahead, to, out_stride);
+      sum_row_tile_bf16<2, 4>(from, w_stride, x, channels, fetched, ahead, to, out_stride);
       take = 2;
     } else {
-      sum_row_tile_bf16<1, 4>(from, w_stride, x, channels, ahead, to, out_stride);
+      sum_row_tile_bf16<1, 4>(from, w_stride, x, channels, fetched, ahead, to, out_stride);
     }
-    ahead = 0;  // once is enough
+    fetched = Fetched::kNone;  // once is enough
     r += take;
   }
 }

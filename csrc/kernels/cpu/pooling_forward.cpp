@@ -201,7 +201,7 @@ bool pool_range(const PoolPlan& plan, const TokenRange& range, const TokenRange&
     }
     soften_pool(plan, count, s.scores, sums);
     const auto sum = i == range.first ? sum_rows<T, false> : sum_rows<T, true>;
-    sum(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width);
+    sum(s.scores, plan.columns, plan.rows, x, plan.width, ahead, sums.out, plan.width, false);
   }
   return ahead != 0;
 }

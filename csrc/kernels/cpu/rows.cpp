@@ -101,14 +101,15 @@ RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, int64_t inner, Arena& ar
 }
 
 // `count` rows of `channels` elements of the matrix, as U: where they are, or padded in `buffer`.
-// They were last read one call ago: all that is not there yet is asked for at once.
+// They were last read one call ago: unless they have been fetched beside the products of the part
+// before, they are asked for at once.
 template <typename S, typename U>
 TokenBlock<U> read_matrix(const S* from, int64_t stride, int64_t count, int64_t channels,
-                          int64_t width, bool in_place, U* buffer) {
+                          int64_t width, bool in_place, bool fetched, U* buffer) {
   if constexpr (__is_same(S, U)) {
     if (in_place) {
       constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-      for (int64_t i = 0; i < count; ++i) {
+      for (int64_t i = 0; !fetched && i < count; ++i) {
         for (int64_t c = 0; c < channels; c += kLine)
           __builtin_prefetch(from + i * stride + c, 0, 2);
       }
@@ -140,10 +141,12 @@ void multiply_lanes(const RowsPlan& plan, const TokenBlock<T>& matrix, T* panels
 }
 
 // `count` columns of the products of one group, U being S or the compute type. `from`: their part
-// of the matrix; `next`: distance to that which the same worker reads next; 0: none.
+// of the matrix, perhaps fetched; `next`: distance to that which the same worker reads next, which
+// is fetched meanwhile; 0: none.
 template <typename S, typename U>
 void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t group,
-                       const S* from, int64_t count, int64_t next, const RowsScratch<S>& s) {
+                       const S* from, int64_t count, bool fetched, int64_t next,
+                       const RowsScratch<S>& s) {
   using T = Compute<S>;
   // f(rows, stride, count, distance to the next ones, their sums) for all rows.
   const auto for_each_run = [&](const auto& f) {
@@ -163,8 +166,8 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
   };
   U* buffer = reinterpret_cast<U*>(s.matrix);
   if (p.transposed) {
-    const auto x =
-        read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner, plan.in_place, buffer);
+    const auto x = read_matrix<S, U>(from, p.matrix_stride, count, p.inner, plan.inner,
+                                     plan.in_place, fetched, buffer);
     if constexpr (__is_same(U, T)) {
       if (plan.lanes) return multiply_lanes(plan, x, s.panels, for_each_run);
       if (plan.quads) {
@@ -172,22 +175,20 @@ void rows_product_part(const RowsProductParams& p, const RowsPlan& plan, int64_t
         return quad_rows(quads, plan.rows, x, plan.inner, true, next, s.sums, plan.stride);
       }
     }
-    const int64_t odd = next + x.stride;
     for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
-      dot_rows(rows, stride, count_of_rows, x, plan.inner, next, sums, plan.stride);
-      // Every other row of the next part has been fetched; now the others.
-      next = next == 0 || next == odd ? 0 : odd;
+      dot_rows(rows, stride, count_of_rows, x, plan.inner, next, sums, plan.stride, true);
+      next = 0;
     });
     return;
   }
   const int64_t width = round_up(count, plan.dots ? kDotChannels : int64_t{kLanes<T>});
-  const auto x =
-      read_matrix<S, U>(from, p.matrix_stride, p.inner, count, width, plan.in_place, buffer);
+  const auto x = read_matrix<S, U>(from, p.matrix_stride, p.inner, count, width, plan.in_place,
+                                   fetched, buffer);
   for (int64_t r = 0; r < plan.rows; ++r) {
     for (int64_t c = 0; c < width; ++c) s.sums[r * plan.stride + c] = T{0};
   }
   for_each_run([&](const U* rows, int64_t stride, int64_t count_of_rows, int64_t, T* sums) {
-    sum_rows(rows, stride, count_of_rows, x, width, next, sums, plan.stride);
+    sum_rows(rows, stride, count_of_rows, x, width, next, sums, plan.stride, true);
     next = 0;
   });
   if constexpr (kHasDots<U>) {
@@ -203,16 +204,17 @@ static inline int64_t matrix_start(const RowsProductParams& p, const RowsPlan& p
                       : group * p.inner * p.matrix_stride + first;
 }
 
-// last: whether the same worker does not do the next task.
+// first: whether the same worker has not done the task before; last: nor does the next one.
 template <typename S>
-void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task, bool last,
-                       RowsScratch<S>& s) {
+void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task, bool first,
+                       bool last, RowsScratch<S>& s) {
   using T = Compute<S>;
   const int64_t group = task / plan.parts;
-  const int64_t first = task % plan.parts * plan.part;
+  const int64_t column = task % plan.parts * plan.part;
   const int64_t start = matrix_start(p, plan, task);
+  const bool fetched = !first && !plan.lanes && !plan.quads;  // those do not fetch all of it
   const int64_t next = last || !plan.in_place ? 0 : matrix_start(p, plan, task + 1) - start;
-  const int64_t count = min_of(plan.part, p.columns - first);
+  const int64_t count = min_of(plan.part, p.columns - column);
   const auto run = [&](auto type) {
     using U = decltype(type);
     if ((plan.quads || plan.run.count == 0) && s.group != group) {
@@ -223,8 +225,8 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
       if (!plan.quads) pack_group<S, U>(p.rows, p.by, group, p.inner, plan.inner, rows);
       s.group = group;
     }
-    rows_product_part<S, U>(p, plan, group, static_cast<const S*>(p.matrix) + start, count, next,
-                            s);
+    rows_product_part<S, U>(p, plan, group, static_cast<const S*>(p.matrix) + start, count, fetched,
+                            next, s);
   };
   if constexpr (kHasDots<S>) {
     plan.dots ? run(S{}) : run(T{});
@@ -232,7 +234,7 @@ void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t
     run(T{});
   }
   for (int64_t r = 0; r < plan.rows; ++r) {
-    store_row<S>(s.sums + r * plan.stride, 1, count, row_at<S>(p.out, p.by, group, r) + first);
+    store_row<S>(s.sums + r * plan.stride, 1, count, row_at<S>(p.out, p.by, group, r) + column);
   }
 }
 
@@ -245,7 +247,8 @@ void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, vo
   run_in_runs(parallel, plan.workers, p.by.groups * plan.parts, true,
               [&](int64_t first, int64_t last, int64_t worker) {
                 for (int64_t task = first; task < last; ++task) {
-                  rows_product_task<S>(p, plan, task, task + 1 == last, scratch[worker]);
+                  rows_product_task<S>(p, plan, task, task == first, task + 1 == last,
+                                       scratch[worker]);
                 }
               });
 }
