@@ -29,6 +29,13 @@ devices = {"cpu"}
 _forward = torch.ops.x_rope_cls._pool_projected.default._op
 _backward = torch.ops.x_rope_cls._pool_projected_backward.default._op
 
+# Kernels leave nothing else in the caches. After them each name that is looked up in a module, and each function that
+# nobody else calls, takes as long as a whole call of it does otherwise.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # tensors of other kinds of tracing are not plain
+_is_autocast_enabled = torch.is_autocast_enabled
+_in_functorch = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 
 class Weights(NamedTuple):
     """Projections without bias.
@@ -55,18 +62,16 @@ def serves(x: Tensor, q: Tensor, weights: Weights, rows: int) -> bool:
         weights: of all projections.
         rows: of the queries of a batch, for each key head.
     """
-    if torch.compiler.is_compiling() or x.device.type not in devices or torch.is_autocast_enabled("cpu"):
+    if _is_dynamo_compiling() or not (x.is_cpu and "cpu" in devices) or _is_autocast_enabled("cpu"):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._len_torch_dispatch_stack() > 0:  # somebody watches or replaces the public operators
+    if _in_functorch() or forward_ad._current_level >= 0 or _dispatch_modes() > 0:  # or somebody watches the operators
         return False
     return x.dtype in _DTYPES and rows <= _MOST_ROWS and _all_plain(x.dtype, (x, q, *weights))
 
 
 def _all_plain(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> bool:
     for t in tensors:  # noqa: SIM110 (one call in Python less)
-        if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or t.numel() == 0):
+        if t is not None and (type(t) not in _PLAIN or t.dtype != dtype or 0 in t.shape):
             return False
     return True
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._layers import linear_weights
 from ..pooling import ordinary_reasons
+from ..projected import Weights
 
 _BIASES = ("data_dependent_alibi", "rel_proj_pos_bias")
 _GATES = ("head_scale", "use_latent_q", "hybrid_module", "to_v_head_gate", "to_v_gate", "to_output_gate")
@@ -82,7 +83,7 @@ def option_reasons(attention: Any, *, memory_apart: bool = False, late_cls: bool
     return reasons + composite
 
 
-def bare_weights(attention: Any) -> list[Tensor] | None:
+def bare_weights(attention: Any) -> Weights | None:
     """The weights of to_k, to_v, to_q and to_out, if these, softmax and nothing else is what an attention does.
 
     For one that is absorbed with None here, :func:`is_plain` and :func:`option_reasons` know more. This is for layers
@@ -94,7 +95,8 @@ def bare_weights(attention: Any) -> list[Tensor] | None:
         return None
     if _any_set(attention, _OPTIONS) or _any_set(attend, _ATTEND_OPTIONS):
         return None
-    return linear_weights((children["to_k"], children["to_v"], children["to_q"], children["to_out"]))
+    found = linear_weights((children["to_k"], children["to_v"], children["to_q"], children["to_out"]))
+    return None if found is None else tuple.__new__(Weights, found)  # sooner than by Weights._make
 
 
 def is_plain(attention: Any) -> bool:

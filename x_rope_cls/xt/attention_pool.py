@@ -16,7 +16,6 @@ from x_transformers.x_transformers import Attention
 from .._checks import check_count
 from ..pool_layer import pool_layer
 from ..pooling import pool_attention
-from ..projected import Weights
 from .absorbed import absorbed_reasons, bare_weights, is_plain, option_reasons
 from .attention import convert_attention
 from .encoder import attention_layers
@@ -170,20 +169,34 @@ class AttentionPool(XAttentionPool):
             return None
         children = attention._modules
         attend = children["attend"]
-        options: dict[str, Any] = {
-            "key_mask": mask,
-            "scale": attend.scale,
-            "dropout_p": attend.dropout if attend.training else 0.0,
-            "head_order": "cyclic",
-            "need_weights": need_weights,
-        }
+        dropout_p = attend.dropout if attend.training else 0.0
         if weights is not None:
-            pooled = pool_layer(context, queries, Weights(*weights), heads=attention.heads, **options)
+            pooled = pool_layer(
+                context,
+                queries,
+                weights,
+                heads=attention.heads,
+                key_mask=mask,
+                scale=attend.scale,
+                dropout_p=dropout_p,
+                head_order="cyclic",
+                need_weights=need_weights,
+            )
             out = pooled.out
         else:
             to_q, to_out = children["to_q"], children["to_out"]
             q = to_q(queries if queries.dim() == 3 else queries[None]).unflatten(-1, (attention.heads, -1))
-            pooled = pool_attention(context, q, attention.to_k.weight, attention.to_v.weight, **options)
+            pooled = pool_attention(
+                context,
+                q,
+                attention.to_k.weight,
+                attention.to_v.weight,
+                key_mask=mask,
+                scale=attend.scale,
+                dropout_p=dropout_p,
+                head_order="cyclic",
+                need_weights=need_weights,
+            )
             out = to_out(pooled.out.flatten(2))
         dropout = getattr(attention, "sublayer_dropout", None)
         return out if dropout is None else dropout(out), pooled.weights
