@@ -103,6 +103,15 @@ def test_many_rows(dtype, C, B, M):
     check(make(dtype, B=B, M=M, heads=(2, 1), C=C, dims=(16, 20)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [1024, 1040, 1048])
+def test_large_gradients(dtype, C):
+    """Those of the weights are stored past the caches where their rows are whole vectors."""
+    case = make(dtype, heads=(2, 1), C=C, dims=(1024, 1024))
+    assert sum(w.numel() * w.element_size() for w in (case.k_weight, case.v_weight)) >= 8 << 20
+    check(case)
+
+
 def test_queries_shared_by_the_batch():
     case = make(torch.float32, B=5, M=3)
     check(replace(case, q=case.q[:1]))

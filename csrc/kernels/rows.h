@@ -41,7 +41,8 @@ struct RowsOuterParams {
   RowGroups by;
   int64_t a_columns, b_columns;
   HeadRows a, b;
-  void* out;  // (groups * a_columns, b_columns), contiguous
+  void* out;        // (groups * a_columns, b_columns), contiguous
+  int64_t written;  // bytes of all that the pass writes which this is a part of
 };
 
 // Bytes of scratch memory, see attention.h.

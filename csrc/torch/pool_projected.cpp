@@ -115,11 +115,11 @@ void multiply(const RowGroups& by, const HeadRows& rows, int64_t inner, const Te
   run_rows_product(p, matrix);
 }
 
-// Gradient of a weight: the sum of a b^T over the rows of each group.
+// Gradient of a weight: the sum of a b^T over the rows of each group. written: see RowsOuterParams.
 Tensor outer_sums(const Projections& s, const RowGroups& by, const HeadRows& a, int64_t a_columns,
-                  const HeadRows& b, int64_t b_columns) {
+                  const HeadRows& b, int64_t b_columns, int64_t written) {
   Tensor out = s.empty({by.groups * a_columns, b_columns});
-  const RowsOuterParams p{by, a_columns, b_columns, a, b, out.data_ptr()};
+  const RowsOuterParams p{by, a_columns, b_columns, a, b, out.data_ptr(), written};
   run_rows_outer(p, s.like);
   return out;
 }
@@ -291,10 +291,13 @@ ProjectedGradients pool_projected_backward(
   const Tensor given = dense_channels(q);
   const Tensor out_grad = dense_channels(grad);
   const ScratchRows scratch(s);
+  int64_t written = (need_x_grad ? x.numel() : 0) + k_weight.numel() + v_weight.numel();
+  for (const OptionalTensor* t : {&q_weight, &out_weight}) written += *t ? (*t)->numel() : 0;
+  written *= static_cast<int64_t>(x.element_size());
   // Of shape (0,) where it is not asked for.
   const auto weight_grad = [&](bool wanted, const RowGroups& by, const HeadRows& a,
                                int64_t a_columns, const HeadRows& b, int64_t b_columns) {
-    return need_weight_grads && wanted ? outer_sums(s, by, a, a_columns, b, b_columns)
+    return need_weight_grads && wanted ? outer_sums(s, by, a, a_columns, b, b_columns, written)
                                        : s.empty({0});
   };
 

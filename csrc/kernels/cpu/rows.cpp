@@ -268,6 +268,7 @@ struct OuterPlan {
   int64_t rows;   // of a group
   int64_t width;  // of b, padded
   int64_t parts;  // of a group
+  bool stream;    // the sums are stored past the caches
   int64_t workers;
 };
 
@@ -277,6 +278,9 @@ OuterPlan make_outer_plan(const RowsOuterParams& p, int64_t most_workers) {
   plan.rows = rows_of_group(p.by);
   plan.width = round_up(p.b_columns, kLanes<Compute<S>>);
   plan.parts = ceil_div(p.a_columns, kOuterRows);
+  plan.stream = plan.width == p.b_columns && static_cast<double>(p.written) >= kStreamBytes &&
+                reinterpret_cast<uintptr_t>(p.out) % kVectorBytes == 0 &&
+                p.b_columns * static_cast<int64_t>(sizeof(S)) % kVectorBytes == 0;
   const double flops = 2.0 * static_cast<double>(plan.rows * p.by.groups) *
                        static_cast<double>(p.a_columns * p.b_columns);
   plan.workers = useful_workers(most_workers, flops, kRowsFlopsPerWorker);
@@ -315,7 +319,10 @@ void rows_outer_task(const RowsOuterParams& p, const OuterPlan& plan, int64_t ta
   const GradFactors<T> f{s.a, kOuterRows, s.b, plan.width, plan.width, plan.rows};
   S* out = static_cast<S*>(p.out) + (group * p.a_columns + first) * p.b_columns;
   if (plan.width == p.b_columns) {
-    return grads_of_tokens<S, T, false>(f, 0, count, out, p.b_columns);
+    const auto sums = plan.stream ? grads_of_tokens<S, T, true> : grads_of_tokens<S, T, false>;
+    sums(f, 0, count, out, p.b_columns);
+    if (plan.stream) finish_streams();
+    return;
   }
   grads_of_tokens<T, T, false>(f, 0, count, s.grads, plan.width);
   for (int64_t i = 0; i < count; ++i) {
