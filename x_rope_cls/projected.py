@@ -29,8 +29,8 @@ devices = {"cpu"}
 _forward = torch.ops.x_rope_cls._pool_projected.default._op
 _backward = torch.ops.x_rope_cls._pool_projected_backward.default._op
 
-# Kernels leave nothing else in the caches. After them each name that is looked up in a module, and each function that
-# nobody else calls, takes as long as a whole call of it does otherwise.
+# Kernels leave nothing else in the caches: after them a name that is looked up in a module, and a function that nobody
+# else calls, take a microsecond and more each.
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # tensors of other kinds of tracing are not plain
 _is_autocast_enabled = torch.is_autocast_enabled
 _in_functorch = torch._C._are_functorch_transforms_active

@@ -51,9 +51,7 @@ void choose_stores(const PoolBackwardParams& g, PoolPlan& plan) {
   const int64_t offsets = g.dx.stride_b | g.dx.stride_n | g.forward.channels;
   const auto bytes = static_cast<double>(g.forward.batch * g.forward.tokens) *
                      static_cast<double>(g.forward.channels * size);
-  plan.stream_grads = plan.direct_grads && bytes >= kStreamBytes &&
-                      reinterpret_cast<uintptr_t>(g.dx.data) % kVectorBytes == 0 &&
-                      offsets * size % kVectorBytes == 0;
+  plan.stream_grads = plan.direct_grads && rows_stream(bytes, g.dx.data, offsets * size);
 }
 
 // Queries of their own sum up by batch, everything shared by task.

@@ -278,9 +278,9 @@ OuterPlan make_outer_plan(const RowsOuterParams& p, int64_t most_workers) {
   plan.rows = rows_of_group(p.by);
   plan.width = round_up(p.b_columns, kLanes<Compute<S>>);
   plan.parts = ceil_div(p.a_columns, kOuterRows);
-  plan.stream = plan.width == p.b_columns && static_cast<double>(p.written) >= kStreamBytes &&
-                reinterpret_cast<uintptr_t>(p.out) % kVectorBytes == 0 &&
-                p.b_columns * static_cast<int64_t>(sizeof(S)) % kVectorBytes == 0;
+  plan.stream =
+      plan.width == p.b_columns && rows_stream(static_cast<double>(p.written), p.out,
+                                               p.b_columns * static_cast<int64_t>(sizeof(S)));
   const double flops = 2.0 * static_cast<double>(plan.rows * p.by.groups) *
                        static_cast<double>(p.a_columns * p.b_columns);
   plan.workers = useful_workers(most_workers, flops, kRowsFlopsPerWorker);

@@ -29,6 +29,13 @@ constexpr bool can_stream([[maybe_unused]] int bytes) {
 #endif
 }
 
+// Whether a pass that writes so many bytes stores rows of whole vectors past the caches. strides:
+// of the rows, in bytes, one or several joined by |.
+static inline bool rows_stream(double bytes, const void* data, int64_t strides) {
+  return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         strides % kVectorBytes == 0;
+}
+
 // kStream: past the caches; `to` is then aligned to the vector.
 template <bool kStream, typename V>
 X_ROPE_CLS_INLINE void put([[maybe_unused]] void* to, V v) {
