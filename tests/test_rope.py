@@ -11,7 +11,7 @@ from backends import each_backend, moved
 from strategies import DTYPES, LAYOUTS, Generator, RopeCase, examples, lay_out, make_tables, rope_cases
 from tolerance import assert_close
 
-from x_rope_cls import Rotary, RotaryEmbedding, apply_rope, apply_rope_qk, reference
+from x_rope_cls import _C, Rotary, RotaryEmbedding, apply_rope, apply_rope_qk, reference
 
 
 def in_float64(case: RopeCase) -> RopeCase:
@@ -129,11 +129,13 @@ def test_copies_for_another_device_keep_the_layout(layout):
 @pytest.mark.parametrize("rotary_dim", [64, 32])
 def test_outputs_too_large_for_caches(isa, threads, dtype, interleaved, rotary_dim):
     """Large enough, and aligned, to be stored past the caches."""
-    q, k = (Generator(seed).normal(2, 8, 2100, 64, dtype=dtype) for seed in (1, 2))
-    rotary = RotaryEmbedding(rotary_dim, interleaved=interleaved)(2100, torch.arange(2100) % 7 > 0)
+    bytes_of_token = 2 * 2 * 8 * 64 * dtype.itemsize  # of both outputs
+    tokens = _C.cache_bytes() // 2 // bytes_of_token + 60
+    q, k = (Generator(seed).normal(2, 8, tokens, 64, dtype=dtype) for seed in (1, 2))
+    rotary = RotaryEmbedding(rotary_dim, interleaved=interleaved)(tokens, torch.arange(tokens) % 7 > 0)
     rotated = apply_rope_qk(q, k, rotary)
     for x, out in zip((q, k), rotated, strict=True):
-        for part in (slice(0, 40), slice(2060, 2100)):
+        for part in (slice(0, 40), slice(tokens - 40, tokens)):
             some = replace(rotary, cos=rotary.cos[part], sin=rotary.sin[part], rotate=rotary.rotate[part])
             eager = reference.rope(x[:, :, part], some)
             exact = reference.rope(x[:, :, part].double(), some.to(dtype=torch.float64))

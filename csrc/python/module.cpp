@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "../kernels/cpu/cache.h"
 #include "../kernels/cpu/dispatch.h"
 #include "build_config.h"
 #include "measure.h"
@@ -120,6 +121,9 @@ PYBIND11_MODULE(_C, module) {
       "cpu_isas_supported (those this machine runs), cpu_isa (in use), cpu_isa_warning,\n"
       "cuda_architectures (sm_*: machine code, compute_*: PTX; None: no CUDA kernels) and\n"
       "cuda_reason (why there are none, or '').");
+  module.def("cache_bytes", &cpu::cache_bytes,
+             "Bytes of the largest cache, as the system says, 32 MB where it does not, at most 64\n"
+             "MB. Rotations that read and write more than 3/4 of it store past the caches.");
   module.def(
       "cpu_isa", [] { return cpu::kernels().name; },
       "Name of the instruction set whose kernels are in use.");

@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cache.h"
 #include "convert.h"
 #include "isa.h"
 #include "rope_rows.h"
@@ -17,8 +18,7 @@ namespace {
 constexpr int64_t kBlock = 64;                // tokens a task
 constexpr double kElementsPerWorker = 32768;  // fewer are not worth another thread
 constexpr int64_t kMostPairs = 256;           // that are rotated together; longer rows go in parts
-constexpr int64_t kMostGroup = 4;             // tokens that are rotated head by head
-constexpr int64_t kPieceBytes = 512;          // of one head, read at a time where tokens lie inside
+constexpr double kHeld = 0.75;                // of the cache, by what is read and written
 constexpr int64_t kTableRoom = 4 * kMostPairs + int64_t{4} * kLanes<float>;
 
 template <typename S>
@@ -45,12 +45,12 @@ X_ROPE_CLS_INLINE void turn_strided(const RopeParams& p, const S* x, S* y, const
     const int64_t second = p.pairs + first;
     load_row(x + first * sx, sx, count, buffer);
     load_row(x + second * sx, sx, count, buffer + count);
-    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count, 2 * count);
+    turn_row<T, kLayout, false>(buffer, buffer, table, count, count, 2 * count);
     store_row<S>(buffer, sy, count, y + first * sy);
     store_row<S>(buffer + count, sy, count, y + second * sy);
   } else {
     load_row(x + 2 * first * sx, sx, 2 * count, buffer);
-    turn_row<T, kLayout, false, 0>(buffer, buffer, table, count, count, 2 * count);
+    turn_row<T, kLayout, false>(buffer, buffer, table, count, count, 2 * count);
     store_row<S>(buffer, sy, 2 * count, y + 2 * first * sy);
   }
 }
@@ -63,7 +63,7 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
   const bool last = first + count == p.pairs;
   if constexpr (kDense) {
     const int64_t at = kLayout == PairLayout::kHalves ? first : 2 * first;
-    turn_row<S, kLayout, kStream, 0>(x + at, y + at, table, count, p.pairs, 2 * count);
+    turn_row<S, kLayout, kStream>(x + at, y + at, table, count, p.pairs, 2 * count);
     if (last) copy_row<S, kStream>(x + rest, y + rest, p.head_dim - rest);
   } else {
     turn_strided<S, kLayout>(p, x, y, table, first, count);
@@ -74,104 +74,103 @@ X_ROPE_CLS_INLINE void turn_part(const RopeParams& p, const S* x, S* y, const Co
   }
 }
 
-// Tokens that are rotated together, head by head. Memory is read as it lies: where heads are inside
-// tokens, one token after the other. Otherwise from all heads by turns, in short pieces: with twice
-// the bytes and more, the prefetcher loses track of the heads; with half, a little is lost too.
-template <typename S>
-X_ROPE_CLS_INLINE int64_t group_of(const RopeParams& p) {
-  if (p.x.stride_h <= p.x.stride_n) return 1;
-  const int64_t bytes = max_of<int64_t>(p.head_dim, 1) * static_cast<int64_t>(sizeof(S));
-  return min_of(max_of<int64_t>(kPieceBytes / bytes, 1), kMostGroup);
+// Rows that are not rotated, one of every head.
+template <typename S, bool kStream>
+__attribute__((noinline)) void copy_heads(const S* x, int64_t x_step, S* y, int64_t y_step,
+                                          int64_t heads, int64_t channels) {
+  for (int64_t h = 0; h < heads; ++h) {
+    copy_row<S, kStream>(x + h * x_step, y + h * y_step, channels);
+  }
 }
 
-// All heads of `tokens` tokens, whose tables lie in `tables` and are the same for all heads. There
-// is little to do a row: nothing but vectors and steps from row to row.
-template <typename S, PairLayout kLayout, bool kStream, int kVectors>
-void turn_group(const RopeParams& p, int64_t b, int64_t start, int64_t tokens,
-                const Compute<S>* tables) {
-  using T = Compute<S>;
+// Rows of dense channels of all heads of tokens [first, last) of batch b. table_of(n): what turns
+// the rows of token n. There is little to do a row: nothing but vectors and steps from head to
+// head.
+template <typename S, bool kStream, bool kRest, typename F>
+X_ROPE_CLS_INLINE void turn_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last,
+                                   const F& table_of) {
   // Read once: for all that the compiler knows, rows are stored over p.
+  const int64_t heads = p.heads;
+  const int64_t turned = 2 * p.pairs;
+  const int64_t channels = p.head_dim;
+  const int64_t x_step = p.x.stride_h;
+  const int64_t y_step = p.y.stride_h;
+  for (int64_t n = first; n < last; ++n) {
+    const S* x = row_of<const S>(p.x, b, 0, n);
+    S* y = row_of<S>(p.y, b, 0, n);
+    if (!has_position(p.table, b, n)) {
+      copy_heads<S, kStream>(x, x_step, y, y_step, heads, channels);
+      continue;
+    }
+    const auto table = table_of(n);
+    for (int64_t h = 0; h < heads; ++h, x += x_step, y += y_step) {
+      table.template turn<kStream>(x, y);
+      if constexpr (kRest) copy_row<S, kStream>(x + turned, y + turned, channels - turned);
+    }
+  }
+}
+// Tables that fill kVectors vectors.
+template <typename S, PairLayout kLayout, bool kStream, int kVectors>
+void turn_vectors(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
+  using T = Compute<S>;
+  const int64_t half = p.pairs;
+  const T sign = p.inverse ? T{-1} : T{1};
+  const auto table_of = [&](int64_t n) __attribute__((always_inline)) {
+    return token_table<S, kLayout, kVectors>(table_row_start<T>(p.table, b, 0, n), sign, half);
+  };
+  if (2 * half == p.head_dim)
+    turn_tokens<S, kStream, false>(p, b, first, last, table_of);
+  else
+    turn_tokens<S, kStream, true>(p, b, first, last, table_of);
+}
+// Tables of any number of pairs up to kMostPairs, any strides.
+template <typename S, PairLayout kLayout, bool kStream>
+void turn_pairs(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
+  using T = Compute<S>;
+  alignas(64) T buffer[kTableRoom];
   const int64_t pairs = p.pairs;
   const int64_t channels = p.head_dim;
-  const int64_t x_step = p.x.stride_n;
-  const int64_t y_step = p.y.stride_n;
-  const int64_t size = 2 * table_span<T>(kLayout, pairs);
-  bool turns[kMostGroup];
-  for (int64_t i = 0; i < tokens; ++i) turns[i] = has_position(p.table, b, start + i);
-  const S* x = row_of<const S>(p.x, b, 0, start);
-  S* y = row_of<S>(p.y, b, 0, start);
-  for (int64_t h = 0; h < p.heads; ++h, x += p.x.stride_h, y += p.y.stride_h) {
-    const S* from = x;
-    S* to = y;
-    for (int64_t i = 0; i < tokens; ++i, from += x_step, to += y_step) {
-      if (!turns[i]) {
-        copy_row<S, kStream>(from, to, channels);
-        continue;
-      }
-      turn_row<S, kLayout, kStream, kVectors>(from, to, tables + i * size, pairs, pairs, channels);
-      copy_row<S, kStream>(from + 2 * pairs, to + 2 * pairs, channels - 2 * pairs);
-    }
-  }
+  const T sign = p.inverse ? T{-1} : T{1};
+  turn_tokens<S, kStream, true>(p, b, first, last, [&](int64_t n) __attribute__((always_inline)) {
+    lay_out_table<T, kLayout>(table_row_start<T>(p.table, b, 0, n), p.table.cos_stride_i,
+                              p.table.sin_stride_i, pairs, sign, buffer);
+    return LaidTable<S, kLayout>{buffer, pairs, channels};
+  });
 }
 
-// Tokens [first, last) of batch b, all heads: dense channels and tables that heads share.
-template <typename S, PairLayout kLayout, bool kStream, int kVectors>
-void turn_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
-  using T = Compute<S>;
-  alignas(64) T tables[kMostGroup * kTableRoom];
-  const RotaryTable& t = p.table;
-  const int64_t size = 2 * table_span<T>(kLayout, p.pairs);
-  const int64_t group = group_of<S>(p);
-  for (int64_t start = first; start < last; start += group) {
-    const int64_t tokens = min_of(group, last - start);
-    for (int64_t i = 0; i < tokens; ++i) {
-      if (!has_position(t, b, start + i)) continue;
-      lay_out_table<T, kLayout>(table_row_start<T>(t, b, 0, start + i), t.cos_stride_i,
-                                t.sin_stride_i, p.pairs, p.inverse ? T{-1} : T{1},
-                                tables + i * size);
-    }
-    turn_group<S, kLayout, kStream, kVectors>(p, b, start, tokens, tables);
-  }
-}
-
-// Tokens [first, last) of batch b, all heads; rows of any kind, in parts where they are long. Heads
-// are inside, so that a table row is laid out once for all that share it.
+// Rows of any kind, in parts where they are long. Heads are inside, so that a table row is laid out
+// once for all that share it.
 template <typename S, PairLayout kLayout, bool kDense, bool kStream>
-void rope_tokens(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
+void turn_parts(const RopeParams& p, int64_t b, int64_t first, int64_t last) {
   using T = Compute<S>;
-  alignas(64) T tables[kMostGroup * kTableRoom];
+  alignas(64) T table[kTableRoom];
   const RotaryTable& t = p.table;
   const bool by_head = t.cos_stride_h != 0 || t.sin_stride_h != 0;
   const T sign = p.inverse ? T{-1} : T{1};
-  const int64_t group = group_of<S>(p);
-  for (int64_t start = first; start < last; start += group) {
-    const int64_t tokens = min_of(group, last - start);
+  for (int64_t n = first; n < last; ++n) {
+    if (!has_position(t, b, n)) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        const S* x = row_of<const S>(p.x, b, h, n);
+        S* y = row_of<S>(p.y, b, h, n);
+        if constexpr (kDense) {
+          copy_row<S, kStream>(x, y, p.head_dim);
+        } else {
+          copy_channels(x, p.x.stride_d, y, p.y.stride_d, p.head_dim);
+        }
+      }
+      continue;
+    }
     for (int64_t pair = 0; pair < p.pairs; pair += kMostPairs) {
       const int64_t count = min_of(kMostPairs, p.pairs - pair);
-      const int64_t size = 2 * table_span<T>(kLayout, count);
       for (int64_t h = 0; h < p.heads; ++h) {
-        for (int64_t i = 0; i < tokens; ++i) {
-          const int64_t n = start + i;
-          const S* x = row_of<const S>(p.x, b, h, n);
-          S* y = row_of<S>(p.y, b, h, n);
-          if (!has_position(t, b, n)) {
-            if (pair != 0) continue;
-            if constexpr (kDense) {
-              copy_row<S, kStream>(x, y, p.head_dim);
-            } else {
-              copy_channels(x, p.x.stride_d, y, p.y.stride_d, p.head_dim);
-            }
-            continue;
-          }
-          T* table = tables + i * size;
-          if (h == 0 || by_head) {
-            TableRow<T> row = table_row_start<T>(t, b, h, n);
-            row.cos += pair * t.cos_stride_i;
-            row.sin += pair * t.sin_stride_i;
-            lay_out_table<T, kLayout>(row, t.cos_stride_i, t.sin_stride_i, count, sign, table);
-          }
-          turn_part<S, kLayout, kDense, kStream>(p, x, y, table, pair, count);
+        if (h == 0 || by_head) {
+          TableRow<T> row = table_row_start<T>(t, b, h, n);
+          row.cos += pair * t.cos_stride_i;
+          row.sin += pair * t.sin_stride_i;
+          lay_out_table<T, kLayout>(row, t.cos_stride_i, t.sin_stride_i, count, sign, table);
         }
+        turn_part<S, kLayout, kDense, kStream>(p, row_of<const S>(p.x, b, h, n),
+                                               row_of<S>(p.y, b, h, n), table, pair, count);
       }
     }
   }
@@ -187,26 +186,41 @@ X_ROPE_CLS_INLINE bool is_aligned(const RopeParams& p) {
          offsets * size % kVectorBytes == 0 && (p.interleaved || p.pairs * size % part == 0);
 }
 
+// How many whole vectors the table of a token is; 0 where it is none.
+template <typename T, PairLayout kLayout>
+X_ROPE_CLS_INLINE int64_t whole_vectors(const RopeParams& p) {
+  if (p.table.cos_stride_i != 1 || p.table.sin_stride_i != 1) return 0;
+  const int64_t elements = table_elements(kLayout, p.pairs);
+  return elements % kLanes<T> == 0 ? elements / kLanes<T> : 0;
+}
+
 template <typename S, PairLayout kLayout>
 void rope_block(const RopeParams& p, int64_t b, int64_t first, int64_t last, bool stream) {
   if constexpr (kLayout != PairLayout::kWords) {
     if (p.x.stride_d != 1 || p.y.stride_d != 1) {
-      return rope_tokens<S, kLayout, false, false>(p, b, first, last);
+      return turn_parts<S, kLayout, false, false>(p, b, first, last);
     }
   }
   const auto with_stores = [&](auto streams) __attribute__((always_inline)) {
     constexpr bool kStream = decltype(streams)::value;
     if (p.pairs > kMostPairs || p.table.cos_stride_h != 0 || p.table.sin_stride_h != 0) {
-      return rope_tokens<S, kLayout, true, kStream>(p, b, first, last);
+      return turn_parts<S, kLayout, true, kStream>(p, b, first, last);
     }
-    constexpr int64_t kL = kLanes<Compute<S>>;
-    const int64_t elements = table_elements(kLayout, p.pairs);
-    const auto turn = elements == 2 * kL   ? turn_tokens<S, kLayout, kStream, 2>
-                      : elements == 4 * kL ? turn_tokens<S, kLayout, kStream, 4>
-                                           : turn_tokens<S, kLayout, kStream, 0>;
+    const int64_t vectors = whole_vectors<Compute<S>, kLayout>(p);
+    if constexpr (kLayout != PairLayout::kTwice) {  // whose vectors come in twos
+      if (vectors == 1) return turn_vectors<S, kLayout, kStream, 1>(p, b, first, last);
+    }
+    const auto turn = vectors == 2   ? turn_vectors<S, kLayout, kStream, 2>
+                      : vectors == 4 ? turn_vectors<S, kLayout, kStream, 4>
+                      : vectors == 8 ? turn_vectors<S, kLayout, kStream, 8>
+                                     : turn_pairs<S, kLayout, kStream>;
     turn(p, b, first, last);
   };
   stream ? with_stores(std::true_type{}) : with_stores(std::false_type{});
+}
+
+X_ROPE_CLS_INLINE int64_t tasks_of(const RopeParams& p) {
+  return p.batch * ceil_div(p.tokens, kBlock);
 }
 
 // Block `task` of the tokens of all batches.
@@ -298,26 +312,28 @@ void rope(const RopeParams* calls, int64_t count, const Parallel& parallel) {
   double elements = 0;
   double bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
-    tasks += calls[i].batch * ceil_div(calls[i].tokens, kBlock);
+    tasks = max_of(tasks, tasks_of(calls[i]));
     elements += elements_of(calls[i]);
     with_storage_type(calls[i].dtype, [&](auto type) {
       bytes += elements_of(calls[i]) * static_cast<double>(sizeof(type));
     });
   }
   const int64_t workers = useful_workers(parallel.workers, elements, kElementsPerWorker);
-  const bool stream = bytes >= kStreamBytes;
-  run_tasks(parallel, workers, tasks, [&](int64_t task, int64_t) {
-    const RopeParams* p = calls;
-    int64_t at = task;
-    while (at >= p->batch * ceil_div(p->tokens, kBlock)) {
-      at -= p->batch * ceil_div(p->tokens, kBlock);
-      ++p;
+  // Where the cache holds inputs and outputs with room to spare, plain stores keep them there.
+  const bool stream = 2 * bytes > kHeld * static_cast<double>(cache_bytes());
+  run_shares(parallel, workers, tasks, [&](int64_t step) {
+    for (int64_t i = 0; i < count; ++i) {
+      const RopeParams& p = calls[i];
+      const int64_t own = tasks_of(p);
+      with_storage_type(p.dtype, [&](auto type) {
+        using S = decltype(type);
+        const bool streams = stream && is_aligned<S>(p);
+        for (int64_t task = step * own / tasks; task < (step + 1) * own / tasks; ++task) {
+          rope_task<S>(p, task, streams);
+        }
+        if (streams) finish_streams();
+      });
     }
-    with_storage_type(p->dtype, [&](auto type) {
-      using S = decltype(type);
-      rope_task<S>(*p, at, stream && is_aligned<S>(*p));
-      if (stream) finish_streams();
-    });
   });
 }
 

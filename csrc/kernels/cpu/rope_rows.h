@@ -142,40 +142,61 @@ X_ROPE_CLS_INLINE UInt32Vec rounded_words(FloatVec low, FloatVec high) {
 }
 
 template <typename S>
-X_ROPE_CLS_INLINE auto turned_twice(const S* x, const Compute<S>* cos, const Compute<S>* sin) {
+X_ROPE_CLS_INLINE auto turned_twice(const S* x, Vec<Compute<S>> cos, Vec<Compute<S>> sin) {
   using T = Compute<S>;
   const Vec<T> v = load_as(x);
-  return rounded<S>(v * load<T>(cos) + shuffle<T, SwapNeighbours>(v, v) * load<T>(sin));
+  return rounded<S>(v * cos + shuffle<T, SwapNeighbours>(v, v) * sin);
 }
-X_ROPE_CLS_INLINE UInt32Vec turned_words(const BFloat16* x, const float* cos, const float* sin) {
+
+// Words of two bfloat16.
+X_ROPE_CLS_INLINE UInt32Vec load_words(const BFloat16* x) {
   UInt32Vec words;
   __builtin_memcpy(&words, x, sizeof(words));
-  const FloatVec c = load<float>(cos);
-  const FloatVec s = load<float>(sin);
-  const FloatVec v0 = reinterpret_cast<FloatVec>(words << 16);
-  const FloatVec v1 = reinterpret_cast<FloatVec>(words & 0xffff0000U);
-  return rounded_words(v0 * c - v1 * s, v1 * c + v0 * s);
+  return words;
 }
+X_ROPE_CLS_INLINE FloatVec lower_halves(UInt32Vec words) {
+  return reinterpret_cast<FloatVec>(words << 16);
+}
+X_ROPE_CLS_INLINE FloatVec upper_halves(UInt32Vec words) {
+  return reinterpret_cast<FloatVec>(words & 0xffff0000U);
+}
+X_ROPE_CLS_INLINE UInt32Vec turned_words(const BFloat16* x, FloatVec cos, FloatVec sin) {
+  const UInt32Vec words = load_words(x);
+  const FloatVec v0 = lower_halves(words);
+  const FloatVec v1 = upper_halves(words);
+  return rounded_words(v0 * cos - v1 * sin, v1 * cos + v0 * sin);
+}
+
 template <typename V>
 struct Halves {
   V first, second;
 };
 template <typename S>
-X_ROPE_CLS_INLINE auto turned_halves(const S* x0, const S* x1, const Compute<S>* cos,
-                                     const Compute<S>* sin) {
+X_ROPE_CLS_INLINE auto turned_halves(const S* x0, const S* x1, Vec<Compute<S>> cos,
+                                     Vec<Compute<S>> sin) {
   using T = Compute<S>;
-  const Vec<T> c = load<T>(cos);
-  const Vec<T> s = load<T>(sin);
   const Vec<T> v0 = load_as(x0);
   const Vec<T> v1 = load_as(x1);
-  const auto first = rounded<S>(v0 * c - v1 * s);
-  return Halves<decltype(+first)>{first, rounded<S>(v1 * c + v0 * s)};
+  const auto first = rounded<S>(v0 * cos - v1 * sin);
+  return Halves<decltype(+first)>{first, rounded<S>(v1 * cos + v0 * sin)};
+}
+// Two vectors of pairs, whose even ones turn by cos[0] and sin[0], and the odd ones by the others.
+X_ROPE_CLS_INLINE Halves<UInt32Vec> turned_half_words(const BFloat16* x0, const BFloat16* x1,
+                                                      const FloatVec* cos, const FloatVec* sin) {
+  const UInt32Vec first = load_words(x0);
+  const UInt32Vec second = load_words(x1);
+  const FloatVec even0 = lower_halves(first);
+  const FloatVec even1 = lower_halves(second);
+  const FloatVec odd0 = upper_halves(first);
+  const FloatVec odd1 = upper_halves(second);
+  return {rounded_words(even0 * cos[0] - even1 * sin[0], odd0 * cos[1] - odd1 * sin[1]),
+          rounded_words(even1 * cos[0] + even0 * sin[0], odd1 * cos[1] + odd0 * sin[1])};
 }
 
 // A vector of pairs, the first of them at x and y.
 template <typename S, PairLayout kLayout, bool kStream>
-X_ROPE_CLS_INLINE void turn(const S* x, S* y, const Compute<S>* cos, const Compute<S>* sin,
-                            int64_t half) {
+X_ROPE_CLS_INLINE void turn_vector(const S* x, S* y, Vec<Compute<S>> cos, Vec<Compute<S>> sin,
+                                   int64_t half) {
   if constexpr (kLayout == PairLayout::kTwice) {
     put<kStream>(y, turned_twice(x, cos, sin));
   } else if constexpr (kLayout == PairLayout::kWords) {
@@ -203,8 +224,10 @@ X_ROPE_CLS_INLINE V first_lanes(V turned, const S* x, int64_t n) {
 // The n pairs of a row, fewer than a vector has. The channels that follow them in the vector are
 // stored as they were.
 template <typename S, PairLayout kLayout>
-X_ROPE_CLS_INLINE void turn_few(const S* x, S* y, const Compute<S>* cos, const Compute<S>* sin,
-                                int64_t n) {
+X_ROPE_CLS_INLINE void turn_few(const S* x, S* y, const Compute<S>* table, int64_t n) {
+  using T = Compute<S>;
+  const Vec<T> cos = load<T>(table);
+  const Vec<T> sin = load<T>(table + kLanes<T>);
   if constexpr (kLayout == PairLayout::kTwice) {
     put<false>(y, first_lanes(turned_twice(x, cos, sin), x, n));
   } else if constexpr (kLayout == PairLayout::kWords) {
@@ -224,49 +247,143 @@ constexpr int64_t few_reach(PairLayout layout, int64_t n) {
          (layout == PairLayout::kWords ? 2 : 1) * kLanes<T>;
 }
 
+// The pairs of a row behind its whole vectors, where these pairs cannot be part of another one.
+template <typename S, PairLayout kLayout>
+__attribute__((noinline)) void turn_last(const S* x, S* y, const Compute<S>* table, int64_t pairs,
+                                         int64_t half, int64_t channels) {
+  using T = Compute<S>;
+  constexpr int64_t kL = kLanes<T>;
+  constexpr int64_t kStep = kLayout == PairLayout::kWords ? 2 : 1;  // channels an element
+  const int64_t n = table_elements(kLayout, pairs);
+  if (n < kL && half == pairs && few_reach<T>(kLayout, n) <= channels) {
+    return turn_few<S, kLayout>(x, y, table, n);
+  }
+  const int64_t done = n / kL * kL;
+  constexpr int64_t kPart = kStep * kL;
+  const int64_t rest = kStep * (n - done);
+  x += kStep * done;
+  y += kStep * done;
+  S from[2 * kL] = {};
+  S to[2 * kL];
+  copy_few<kPart>(x, from, rest);
+  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(x + half, from + kL, rest);
+  turn_vector<S, kLayout, false>(from, to, load<T>(table + done),
+                                 load<T>(table + table_span<T>(kLayout, pairs) + done), kL);
+  copy_few<kPart>(to, y, rest);
+  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(to + kL, y + half, rest);
+}
+
 // Pairs of one row. half: from the first member of a pair to the second where they lie apart.
-// channels: of the row, from x on, rotated or not. kVectors: of the tables, if they are whole; 0:
-// any number of pairs.
-template <typename S, PairLayout kLayout, bool kStream, int kVectors>
+// channels: of the row, from x on, rotated or not.
+template <typename S, PairLayout kLayout, bool kStream>
 X_ROPE_CLS_INLINE void turn_row(const S* x, S* y, const Compute<S>* table, int64_t pairs,
                                 int64_t half, int64_t channels) {
   using T = Compute<S>;
   constexpr int64_t kL = kLanes<T>;
   constexpr int64_t kStep = kLayout == PairLayout::kWords ? 2 : 1;  // channels an element
   const T* const cos = table;
-  const T* const sin = table + (kVectors > 0 ? kVectors * kL : table_span<T>(kLayout, pairs));
-  if constexpr (kVectors > 0) {
-    X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t i = v * kL;
-      turn<S, kLayout, kStream>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
-    }
-    return;
-  }
+  const T* const sin = table + table_span<T>(kLayout, pairs);
   const int64_t n = table_elements(kLayout, pairs);
-  int64_t i = 0;
-  for (; i + kL <= n; i += kL) {
-    turn<S, kLayout, kStream>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
+  for (int64_t i = 0; i + kL <= n; i += kL) {
+    turn_vector<S, kLayout, kStream>(x + kStep * i, y + kStep * i, load<T>(cos + i),
+                                     load<T>(sin + i), half);
   }
-  if (i == n) return;
+  if (n % kL == 0) return;
   if (n >= kL && x != y) {  // some pairs once more
-    i = n - kL;
-    return turn<S, kLayout, false>(x + kStep * i, y + kStep * i, cos + i, sin + i, half);
+    const int64_t i = n - kL;
+    turn_vector<S, kLayout, false>(x + kStep * i, y + kStep * i, load<T>(cos + i), load<T>(sin + i),
+                                   half);
+  } else {
+    turn_last<S, kLayout>(x, y, table, pairs, half, channels);
   }
-  if (n < kL && half == pairs && few_reach<T>(kLayout, n) <= channels) {
-    return turn_few<S, kLayout>(x, y, cos, sin, n);
+}
+
+// What turns the rows of a token: a table as lay_out_table makes it.
+template <typename S, PairLayout kLayout>
+struct LaidTable {
+  const Compute<S>* table;
+  int64_t pairs;
+  int64_t channels;
+
+  template <bool kStream>
+  __attribute__((always_inline)) void turn(const S* x, S* y) const {
+    turn_row<S, kLayout, kStream>(x, y, table, pairs, pairs, channels);
   }
-  constexpr int64_t kPart = kStep * kL;
-  const int64_t rest = kStep * (n - i);
-  x += kStep * i;
-  y += kStep * i;
-  S from[2 * kL] = {};
-  S to[2 * kL];
-  copy_few<kPart>(x, from, rest);
-  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(x + half, from + kL, rest);
-  turn<S, kLayout, false>(from, to, cos + i, sin + i, kL);
-  copy_few<kPart>(to, y, rest);
-  if constexpr (kLayout == PairLayout::kHalves) copy_few<kL>(to + kL, y + half, rest);
+};
+
+// -------------------------------------------------------------------------------------------------
+// Rows whose pairs fill whole vectors, with the table of a token in registers for all its heads.
+
+// Every other lane of a, then of b.
+template <int kOdd>
+struct EveryOtherLane {
+  static constexpr int at(int i) { return 2 * i + kOdd; }
+};
+
+// What turns the rows of a token: its table, kVectors vectors.
+template <typename S, PairLayout kLayout, int kVectors>
+struct TokenTable {
+  // Words of bfloat16 hold two pairs, an even one and an odd one, where a pair's halves lie apart.
+  static constexpr bool kHalfWords =
+      kLayout == PairLayout::kHalves && __is_same(S, BFloat16) && kVectors % 2 == 0;
+
+  Vec<Compute<S>> cos[kVectors];
+  Vec<Compute<S>> sin[kVectors];
+  int64_t half;  // from the first member of a pair to the second where they lie apart
+
+  template <bool kStream>
+  __attribute__((always_inline)) void turn(const S* x, S* y) const {
+    constexpr int64_t kStep = (kLayout == PairLayout::kWords ? 2 : 1) * kLanes<Compute<S>>;
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; v += kHalfWords ? 2 : 1) {
+      const S* const from = x + v * kStep;
+      S* const to = y + v * kStep;
+      if constexpr (kHalfWords) {
+        const auto turned = turned_half_words(from, from + half, cos + v, sin + v);
+        put<kStream>(to, turned.first);
+        put<kStream>(to + half, turned.second);
+      } else {
+        turn_vector<S, kLayout, kStream>(from, to, cos[v], sin[v], half);
+      }
+    }
+  }
+};
+
+// from: adjacent pairs.
+template <typename T, PairLayout kLayout, bool kHalfWords, int kVectors>
+X_ROPE_CLS_INLINE void load_table(const T* from, Vec<T> factors, Vec<T> (&to)[kVectors]) {
+  constexpr int64_t kL = kLanes<T>;
+  X_ROPE_CLS_UNROLL
+  for (int v = 0; v < kVectors; v += kHalfWords || kLayout == PairLayout::kTwice ? 2 : 1) {
+    if constexpr (kLayout == PairLayout::kTwice) {
+      const Vec<T> pairs = load<T>(from + v / 2 * kL);
+      to[v] = shuffle<T, TwiceFrom<0>>(pairs, pairs) * factors;
+      to[v + 1] = shuffle<T, TwiceFrom<kL / 2>>(pairs, pairs) * factors;
+    } else if constexpr (kHalfWords) {
+      const Vec<T> first = load<T>(from + v * kL) * factors;
+      const Vec<T> second = load<T>(from + (v + 1) * kL) * factors;
+      to[v] = shuffle<T, EveryOtherLane<0>>(first, second);
+      to[v + 1] = shuffle<T, EveryOtherLane<1>>(first, second);
+    } else {
+      to[v] = load<T>(from + v * kL) * factors;
+    }
+  }
+}
+// sign: -1 turns the other way.
+template <typename S, PairLayout kLayout, int kVectors>
+X_ROPE_CLS_INLINE TokenTable<S, kLayout, kVectors> token_table(TableRow<Compute<S>> row,
+                                                               Compute<S> sign, int64_t half) {
+  using T = Compute<S>;
+  using Table = TokenTable<S, kLayout, kVectors>;
+  Vec<T> signs = broadcast<T>(sign);
+  if constexpr (kLayout == PairLayout::kTwice) {
+    for (int lane = 0; lane < kLanes<T>; lane += 2) signs[lane] = -sign;
+  }
+  Table table;
+  table.half = half;
+  load_table<T, kLayout, Table::kHalfWords>(row.cos, broadcast<T>(T{1}), table.cos);
+  load_table<T, kLayout, Table::kHalfWords>(row.sin, signs, table.sin);
+  return table;
 }
 
 }  // namespace

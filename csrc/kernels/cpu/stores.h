@@ -12,10 +12,6 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-// Outputs of so many bytes are stored past the caches, which would not hold them until they are
-// read: a line need not be read before it is written.
-constexpr double kStreamBytes = 8 << 20;
-
 // Whether vectors of so many bytes can be stored past the caches.
 constexpr bool can_stream([[maybe_unused]] int bytes) {
 #if defined(__AVX512F__)
@@ -29,9 +25,11 @@ constexpr bool can_stream([[maybe_unused]] int bytes) {
 #endif
 }
 
-// Whether a pass that writes so many bytes stores rows of whole vectors past the caches. strides:
-// of the rows, in bytes, one or several joined by |.
+// Whether a pass that writes so many bytes, and reads as many and more, stores rows of whole
+// vectors past the caches: a line need not be read before it is written, and takes no room from
+// what is read. strides: of the rows, in bytes, one or several joined by |.
 static inline bool rows_stream(double bytes, const void* data, int64_t strides) {
+  constexpr double kStreamBytes = 8 << 20;
   return bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
          strides % kVectorBytes == 0;
 }

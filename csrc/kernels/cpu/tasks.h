@@ -95,6 +95,46 @@ X_ROPE_CLS_INLINE void run_in_runs(const Parallel& parallel, int64_t workers, in
   parallel.run(parallel.context, used, &RunLoop<F>::run, &loop);
 }
 
+// Tasks of one worker. It takes them in order; others take from it once they have done theirs.
+struct alignas(64) Share {
+  int64_t next, last;
+};
+constexpr int64_t kMostShares = 64;
+
+template <typename F>
+struct ShareLoop {
+  const F* body;
+  int64_t workers;
+  Share shares[kMostShares];
+  static void run(void* self, int64_t worker) {
+    auto& loop = *static_cast<ShareLoop*>(self);
+    for (int64_t i = 0; i < loop.workers; ++i) {
+      Share& share = loop.shares[(worker + i) % loop.workers];
+      for (int64_t t = __atomic_fetch_add(&share.next, 1, __ATOMIC_ACQ_REL); t < share.last;
+           t = __atomic_fetch_add(&share.next, 1, __ATOMIC_ACQ_REL)) {
+        (*loop.body)(t);
+      }
+    }
+  }
+};
+
+// body(task) for every task. Worker w does the w-th of equal shares, as others divide work on the
+// same tensors: what it reads may be in its caches, and what it writes may be read from there.
+template <typename F>
+X_ROPE_CLS_INLINE void run_shares(const Parallel& parallel, int64_t workers, int64_t tasks,
+                                  const F& body) {
+  const int64_t used = min_of(min_of(workers, tasks), kMostShares);
+  if (used <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) body(t);
+    return;
+  }
+  ShareLoop<F> loop;
+  loop.body = &body;
+  loop.workers = used;
+  for (int64_t w = 0; w < used; ++w) loop.shares[w] = {w * tasks / used, (w + 1) * tasks / used};
+  parallel.run(parallel.context, used, &ShareLoop<F>::run, &loop);
+}
+
 // Workers worth waking for so much work: a thread costs about as much as `least` units of it.
 X_ROPE_CLS_INLINE int64_t useful_workers(int64_t workers, double work, double least) {
   const double useful = work / least;

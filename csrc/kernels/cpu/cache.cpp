@@ -1,0 +1,40 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace x_rope_cls::cpu {
+namespace {
+
+constexpr int64_t kGuess = int64_t{32} << 20;
+constexpr int64_t kMost = int64_t{64} << 20;
+constexpr int kMostCaches = 8;
+
+// Of one of the first core's caches, "32768K"; 0 where there is none.
+int64_t bytes_of(int index) {
+  char path[80];
+  std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+  std::FILE* file = std::fopen(path, "r");
+  if (file == nullptr) return 0;
+  long long size = 0;
+  char unit = 0;
+  const int read = std::fscanf(file, "%lld%c", &size, &unit);
+  std::fclose(file);
+  if (read < 1 || size < 0 || size > kMost) return 0;
+  return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+}
+
+int64_t largest() {
+  int64_t most = 0;
+  for (int i = 0; i < kMostCaches; ++i) most = std::max(most, bytes_of(i));
+  return most == 0 ? kGuess : std::min(most, kMost);
+}
+
+}  // namespace
+
+int64_t cache_bytes() {
+  static const int64_t bytes = largest();
+  return bytes;
+}
+
+}  // namespace x_rope_cls::cpu
