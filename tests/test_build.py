@@ -77,7 +77,7 @@ def test_kernels_emit_no_shared_symbols() -> None:
 def test_kernels_export_only_their_interface() -> None:
     exported = [line.split(" T ")[1] for line in _nm(KERNELS, "-D", "--defined-only") if " T " in line]
     names = {name.split("(")[0] for name in exported}
-    expected = {"kernels", "built_isas", "isa_supported", "select_isa", "isa_warning"}
+    expected = {"kernels", "built_isas", "isa_supported", "select_isa", "isa_warning", "cache_bytes"}
     assert names == {f"x_rope_cls::cpu::{name}" for name in expected}
 
 
@@ -89,6 +89,12 @@ def test_records_no_folder_of_the_build_machine() -> None:
 
 
 # ---- build info, ISA ---------------------------------------------------------
+
+
+def test_cache_bytes() -> None:
+    caches = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(path.read_text().strip().removesuffix("K")) * 1024 for path in caches]
+    assert _C.cache_bytes() == min(max(sizes, default=32 << 20), 64 << 20)
 
 
 def test_build_info() -> None:

@@ -162,6 +162,13 @@ class TestQueriesAndKeys:
             expected = reference.rope_qk(self.q, self.k, self.rotary, rotary_k=self.rotary_k, inverse=inverse)
             torch.testing.assert_close((q, k), expected)
 
+    @pytest.mark.parametrize("length", [1, 63, 130, 900])
+    def test_lengths_that_threads_divide(self, threads, length):
+        q, k = torch.randn(3, 4, 700, 24), torch.randn(1, 2, length, 24)
+        rotary, rotary_k = RotaryEmbedding(24)(700), RotaryEmbedding(16)(length)
+        rotated = apply_rope_qk(q, k, rotary, rotary_k=rotary_k)
+        torch.testing.assert_close(rotated, reference.rope_qk(q, k, rotary, rotary_k=rotary_k))
+
     @pytest.mark.parametrize("used", ["both", "q", "k"])
     def test_gradients(self, used):
         def both(q, k, cos, sin, cos_k, sin_k):
