@@ -289,19 +289,17 @@ Ahead<S> ahead_of(const BackwardPlan<Operand<S>>& plan, int64_t unit, int64_t ne
   return ahead;
 }
 
-// Units [first, last), one after the other.
+// All of a unit. next: the one that the same worker does next; -1: none that is known.
 template <typename S>
-void run_units(const BackwardMemory<Operand<S>>& m, int64_t first, int64_t last, int64_t worker) {
+void run_unit(const BackwardMemory<Operand<S>>& m, int64_t unit, int64_t next, int64_t worker) {
   const BackwardPlan<Operand<S>>& plan = m.plan;
   const SlotMemory<Operand<S>>& slot = m.slots[worker];
-  for (int64_t unit = first; unit < last; ++unit) {
-    for (int64_t i = 0; i < plan.members * plan.row_blocks; ++i) {
-      pack_task<S>(plan, unit, i, slot, m.workers[worker]);
-    }
-    Ahead<S> ahead = ahead_of<S>(plan, unit, unit + 1 < last ? unit + 1 : -1);
-    for (int64_t i = 0; i < plan.key_blocks; ++i) {
-      key_task<S>(plan, unit, i, slot, m.workers[worker], ahead);
-    }
+  for (int64_t i = 0; i < plan.members * plan.row_blocks; ++i) {
+    pack_task<S>(plan, unit, i, slot, m.workers[worker]);
+  }
+  Ahead<S> ahead = ahead_of<S>(plan, unit, next);
+  for (int64_t i = 0; i < plan.key_blocks; ++i) {
+    key_task<S>(plan, unit, i, slot, m.workers[worker], ahead);
   }
 }
 
@@ -317,9 +315,9 @@ void backward_typed(const AttentionBackwardParams& g, const Parallel& parallel, 
   const int64_t packs = plan.members * plan.row_blocks;
   const int64_t per_unit = packs + plan.key_blocks;
   if (plan.units >= kHeadsPerWorker * plan.workers) {
-    run_in_runs(
-        parallel, plan.workers, plan.units, g.forward.key_mask == nullptr,
-        [&](int64_t first, int64_t last, int64_t worker) { run_units<S>(m, first, last, worker); });
+    run_shares(parallel, plan.workers, plan.units, [&](int64_t unit, int64_t next, int64_t worker) {
+      run_unit<S>(m, unit, next, worker);
+    });
     return;
   }
   run_tasks(parallel, plan.workers, plan.units * per_unit, [&](int64_t task, int64_t worker) {

@@ -259,19 +259,17 @@ Ahead<S> ahead_of(const ForwardPlan<O>& plan, const RowBlock& block, int64_t i, 
   return ahead;
 }
 
-// Heads [first, last), one after the other.
+// All of a head. next: the one that the same worker does next; -1: none that is known.
 template <typename S, typename O>
-void run_heads(const ForwardMemory<O>& m, int64_t first, int64_t last, int64_t worker) {
+void run_head(const ForwardMemory<O>& m, int64_t unit, int64_t next, int64_t worker) {
   const ForwardPlan<O>& plan = m.plan;
   const PackedHead<O>& head = m.heads[worker];
-  for (int64_t unit = first; unit < last; ++unit) {
-    head.reach[0] = pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
-    for (int64_t i = 0; i < plan.attends; ++i) {
-      const RowBlock block = find_rows(plan, unit, i);
-      if (block.rows == 0) continue;
-      Ahead<S> ahead = ahead_of<S>(plan, block, i, unit + 1 < last ? unit + 1 : -1);
-      attend_block<S>(plan, head, block, ahead, m.scratch[worker]);
-    }
+  head.reach[0] = pack_head<S>(plan, head, unit, 0, plan.most_columns, m.scratch[worker]);
+  for (int64_t i = 0; i < plan.attends; ++i) {
+    const RowBlock block = find_rows(plan, unit, i);
+    if (block.rows == 0) continue;
+    Ahead<S> ahead = ahead_of<S>(plan, block, i, next);
+    attend_block<S>(plan, head, block, ahead, m.scratch[worker]);
   }
 }
 
@@ -286,9 +284,9 @@ void forward_typed(const AttentionParams& p, const Parallel& parallel, void* wor
     m.heads[i].attended->value = 0;
   }
   if (m.plan.whole) {
-    run_in_runs(
-        parallel, m.plan.workers, p.batch * p.key_heads, p.key_mask == nullptr,
-        [&](int64_t first, int64_t last, int64_t worker) { run_heads<S>(m, first, last, worker); });
+    run_shares(
+        parallel, m.plan.workers, p.batch * p.key_heads,
+        [&](int64_t unit, int64_t next, int64_t worker) { run_head<S>(m, unit, next, worker); });
     return;
   }
   const int64_t tasks = p.batch * p.key_heads * (m.plan.packs + m.plan.attends);

@@ -31,6 +31,7 @@ struct PoolGradScratch {
   DotScratch dots;
   Operand<S>* pair_weights;  // (rows, columns), where plan.dots: scores in pairs of rows
   Operand<S>* pair_stack;    // (rows, width): queries, and gradients of pooled, in pairs of rows
+  int64_t fetched;           // part whose first block has been asked for; -1: none
 };
 
 template <typename S>
@@ -89,6 +90,7 @@ PoolGradMemory<S> take_pool_grad_memory(const PoolBackwardParams& g, int64_t wor
       s.pair_weights = arena.take<Operand<S>>(plan.rows * plan.columns);
       s.pair_stack = arena.take<Operand<S>>(plan.rows * plan.width);
     }
+    s.fetched = -1;
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;
@@ -307,13 +309,13 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
 
 // Tasks [first, last).
 template <typename S>
-void pool_grad_tasks(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t first,
-                     int64_t last, const PoolGradScratch<S>& s) {
+void pool_grad_tasks(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task,
+                     int64_t next, PoolGradScratch<S>& s) {
   using T = Compute<S>;
   const PoolPlan& plan = m.plan;
   const int64_t size = (plan.rows + 2) * plan.width;
-  for (int64_t i = first * size; i < last * size; ++i) m.sums[i] = T{0};
-  for_each_range(plan, first, last, [&](int64_t i, const auto& range, const auto& after) {
+  for (int64_t i = task * size; i < (task + 1) * size; ++i) m.sums[i] = T{0};
+  for_each_range(plan, task, next, s.fetched, [&](int64_t i, const auto& range, const auto& after) {
     T* sums = m.sums + i / plan.group * size;  // one group a task, or one part
     const bool fetched = pool_grad_range<S>(plan, g, range, after, s, sums);
     clear_masked<S>(plan, g, range, i % plan.chunks);
@@ -363,10 +365,10 @@ void pool_backward_typed(const PoolBackwardParams& g, const Parallel& parallel, 
   Arena arena{static_cast<char*>(workspace), 0};
   const auto m = take_pool_grad_memory<S>(g, parallel.workers, arena);
   fill_kept(m.plan);
-  run_in_runs(parallel, m.plan.workers, m.plan.tasks, m.plan.kept == nullptr,
-              [&](int64_t first, int64_t last, int64_t worker) {
-                pool_grad_tasks<S>(m, g, first, last, m.scratch[worker]);
-              });
+  run_shares(parallel, m.plan.workers, m.plan.tasks,
+             [&](int64_t task, int64_t next, int64_t worker) {
+               pool_grad_tasks<S>(m, g, task, next, m.scratch[worker]);
+             });
   run_tasks(parallel, m.plan.workers, p.query_batch * m.plan.rows + 2,
             [&](int64_t task, int64_t) { finish_row<S>(m, g, task); });
 }

@@ -318,21 +318,23 @@ X_ROPE_CLS_INLINE int64_t distance_to_next(const PoolPlan& plan, const TokenRang
   return 0;
 }
 
-// f(range, after) for every part of tasks [first, last) in order, and the part that follows it.
-// f returns whether it has fetched the first block of that.
+// f(part, range, after) for every part of a task, in order, with its tokens and those of the part
+// that the same worker does next. f returns whether it has fetched the first block of that. next:
+// the task that the worker does next; -1: none that is known. fetched: the part whose first block
+// has been fetched; -1: none.
 template <typename F>
-X_ROPE_CLS_INLINE void for_each_range(const PoolPlan& plan, int64_t first, int64_t last, F&& f) {
-  const int64_t begin = first * (plan.chunks > 1 ? 1 : plan.group);
-  const int64_t parts = plan.p->batch * plan.chunks;
-  const int64_t end = min_of(last * (plan.chunks > 1 ? 1 : plan.group), parts);
+X_ROPE_CLS_INLINE void for_each_range(const PoolPlan& plan, int64_t task, int64_t next,
+                                      int64_t& fetched, F&& f) {
+  const int64_t size = plan.chunks > 1 ? 1 : plan.group;
+  const int64_t end = min_of((task + 1) * size, plan.p->batch * plan.chunks);
   const auto part = [&](int64_t i) {
-    return i < end ? range_of(plan, i / plan.chunks, i % plan.chunks) : TokenRange{};
+    return i >= 0 ? range_of(plan, i / plan.chunks, i % plan.chunks) : TokenRange{};
   };
-  TokenRange range = part(begin);
-  for (int64_t i = begin; i < end; ++i) {
-    TokenRange after = part(i + 1);
-    after.fetched = f(i, range, after);
-    range = after;
+  for (int64_t i = task * size; i < end; ++i) {
+    const int64_t after = i + 1 < end ? i + 1 : next >= 0 ? next * size : -1;
+    TokenRange range = part(i);
+    range.fetched = i == fetched;
+    fetched = f(i, range, part(after)) ? after : -1;
   }
 }
 

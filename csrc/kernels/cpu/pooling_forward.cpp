@@ -28,6 +28,7 @@ struct PoolScratch {
   DotScratch dots;
   PartialSums<T> sums;  // of all rows, or of one where parts are merged
   int64_t query_batch;  // whose rows are in `query`; -1: nobody's
+  int64_t fetched;      // part whose first block has been asked for; -1: none
 };
 
 template <typename T>
@@ -80,6 +81,7 @@ PoolMemory<Compute<S>> take_pool_memory(const PoolParams& p, int64_t workers, Ar
     s.dots = take_dot_scratch(plan, plan.rows, arena);
     s.sums = take_sums<T>(plan.chunks > 1 ? 1 : plan.rows, plan.width, arena);
     s.query_batch = -1;
+    s.fetched = -1;
     if (arena.base != nullptr) m.scratch[i] = s;
   }
   return m;
@@ -269,12 +271,13 @@ void pool_forward_typed(const PoolParams& p, const Parallel& parallel, void* wor
   const auto m = take_pool_memory<S>(p, parallel.workers, arena);
   fill_kept(m.plan);
   for (int64_t b = 0; m.plan.chunks > 1 && b < p.batch; ++b) m.done[b].value = 0;
-  run_in_runs(parallel, m.plan.workers, m.plan.tasks, m.plan.kept == nullptr,
-              [&](int64_t first, int64_t last, int64_t worker) {
-                for_each_range(m.plan, first, last, [&](int64_t i, const auto&... ranges) {
-                  return pool_part<S>(m, i, ranges..., m.scratch[worker]);
-                });
-              });
+  run_shares(
+      parallel, m.plan.workers, m.plan.tasks, [&](int64_t task, int64_t next, int64_t worker) {
+        auto& scratch = m.scratch[worker];
+        for_each_range(m.plan, task, next, scratch.fetched, [&](int64_t i, const auto&... ranges) {
+          return pool_part<S>(m, i, ranges..., scratch);
+        });
+      });
 }
 
 }  // namespace

@@ -28,12 +28,13 @@ constexpr double kRowsFlopsPerWorker = 2e5;  // less work is not worth another t
 template <typename S>
 struct RowsScratch {
   using T = Compute<S>;
-  char* rows;     // of a group, packed, as T or as S
-  T* four;        // rows on their way to quads; null where they are read in place
-  char* matrix;   // a part of the matrix, as T
-  T* panels;      // and turned, as those of lane_rows.h
-  T* sums;        // (rows of a group, columns of a task padded)
-  int64_t group;  // whose rows are in `rows`; -1: nobody's
+  char* rows;       // of a group, packed, as T or as S
+  T* four;          // rows on their way to quads; null where they are read in place
+  char* matrix;     // a part of the matrix, as T
+  T* panels;        // and turned, as those of lane_rows.h
+  T* sums;          // (rows of a group, columns of a task padded)
+  int64_t group;    // whose rows are in `rows`; -1: nobody's
+  int64_t fetched;  // task whose part of the matrix has been asked for; -1: none
 };
 struct RowsPlan {
   int64_t rows;    // of a group
@@ -94,7 +95,7 @@ RowsScratch<S>* take_rows_scratch(const RowsPlan& plan, int64_t inner, Arena& ar
     s.matrix = arena.take<char>(block * static_cast<int64_t>(sizeof(T)));
     s.panels = arena.take<T>(plan.lanes ? lane_rows_size<T>(plan.part, plan.inner) : 0);
     s.sums = arena.take<T>(plan.rows * plan.stride);
-    s.group = -1;
+    s.group = s.fetched = -1;
     if (arena.base != nullptr) scratch[i] = s;
   }
   return scratch;
@@ -204,16 +205,18 @@ static inline int64_t matrix_start(const RowsProductParams& p, const RowsPlan& p
                       : group * p.inner * p.matrix_stride + first;
 }
 
-// first: whether the same worker has not done the task before; last: nor does the next one.
+// after: the task that the same worker does next; -1: none that is known.
 template <typename S>
-void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task, bool first,
-                       bool last, RowsScratch<S>& s) {
+void rows_product_task(const RowsProductParams& p, const RowsPlan& plan, int64_t task,
+                       int64_t after, RowsScratch<S>& s) {
   using T = Compute<S>;
   const int64_t group = task / plan.parts;
   const int64_t column = task % plan.parts * plan.part;
   const int64_t start = matrix_start(p, plan, task);
-  const bool fetched = !first && !plan.lanes && !plan.quads;  // those do not fetch all of it
-  const int64_t next = last || !plan.in_place ? 0 : matrix_start(p, plan, task + 1) - start;
+  // Lanes and quads do not fetch all of it.
+  const bool fetched = s.fetched == task && !plan.lanes && !plan.quads;
+  const int64_t next = after < 0 || !plan.in_place ? 0 : matrix_start(p, plan, after) - start;
+  s.fetched = after;
   const int64_t count = min_of(plan.part, p.columns - column);
   const auto run = [&](auto type) {
     using U = decltype(type);
@@ -244,13 +247,10 @@ void rows_product_typed(const RowsProductParams& p, const Parallel& parallel, vo
   Arena arena{static_cast<char*>(workspace), 0};
   RowsScratch<S>* scratch = take_rows_scratch<S>(plan, p.inner, arena);
   if (plan.rows == 0) return;
-  run_in_runs(parallel, plan.workers, p.by.groups * plan.parts, true,
-              [&](int64_t first, int64_t last, int64_t worker) {
-                for (int64_t task = first; task < last; ++task) {
-                  rows_product_task<S>(p, plan, task, task == first, task + 1 == last,
-                                       scratch[worker]);
-                }
-              });
+  run_shares(parallel, plan.workers, p.by.groups * plan.parts,
+             [&](int64_t task, int64_t after, int64_t worker) {
+               rows_product_task<S>(p, plan, task, after, scratch[worker]);
+             });
 }
 
 // -------------------------------------------------------------------------------------------------

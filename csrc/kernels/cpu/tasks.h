@@ -59,47 +59,38 @@ X_ROPE_CLS_INLINE void run_tasks(const Parallel& parallel, int64_t workers, int6
   parallel.run(parallel.context, min_of(workers, tasks), &TaskLoop<F>::run, &loop);
 }
 
-template <typename F>
-struct RunLoop {
-  const F* body;
-  Counter next;
-  int64_t tasks, workers;
-  int64_t share;  // of a worker before it takes what comes
-  static void run(void* self, int64_t worker) {
-    auto& loop = *static_cast<RunLoop*>(self);
-    const int64_t own = worker * loop.share;
-    if (loop.share > 0) (*loop.body)(own, own + loop.share, worker);
-    int64_t first = __atomic_load_n(&loop.next.value, __ATOMIC_ACQUIRE);
-    while (first < loop.tasks) {
-      const int64_t last = first + ceil_div(loop.tasks - first, 2 * loop.workers);
-      if (__atomic_compare_exchange_n(&loop.next.value, &first, last, /*weak=*/false,
-                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-        (*loop.body)(first, last, worker);
-        first = __atomic_load_n(&loop.next.value, __ATOMIC_ACQUIRE);
-      }
+// Tasks of one worker, [next, last): `next` is in the lower half of the word, `last` in the upper.
+// The worker takes them from the front, others, once they have done theirs, from the back.
+struct alignas(64) Share {
+  uint64_t range;
+};
+// A task that has been taken, and the one that the same worker takes next unless somebody else is
+// faster; -1: none.
+struct Taken {
+  int64_t task, next;
+};
+constexpr int kShareBits = 32;
+constexpr int64_t kMostShares = 64;
+
+constexpr uint64_t share_of(int64_t next, int64_t last) {
+  return static_cast<uint64_t>(next) | static_cast<uint64_t>(last) << kShareBits;
+}
+// task -1: none is left.
+X_ROPE_CLS_INLINE Taken take(Share& share, bool front) {
+  uint64_t range = __atomic_load_n(&share.range, __ATOMIC_RELAXED);
+  while (true) {
+    const auto next = static_cast<int64_t>(range & 0xffffffffU);
+    const auto last = static_cast<int64_t>(range >> kShareBits);
+    if (next >= last) return {-1, -1};
+    const uint64_t rest = front ? share_of(next + 1, last) : share_of(next, last - 1);
+    if (__atomic_compare_exchange_n(&share.range, &range, rest, /*weak=*/true, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED)) {
+      const int64_t step = front ? 1 : -1;
+      const int64_t task = front ? next : last - 1;
+      return {task, last - next > 1 ? task + step : -1};
     }
   }
-};
-
-// body(first, last, worker) for runs of tasks that one worker does one after the other: long ones
-// while there is much left, single ones at the end. If all tasks take about the same time, most of
-// them are one run a worker, since what a run starts with is not in the caches.
-template <typename F>
-X_ROPE_CLS_INLINE void run_in_runs(const Parallel& parallel, int64_t workers, int64_t tasks,
-                                   bool equal, const F& body) {
-  if (tasks <= 0) return;
-  if (workers <= 1 || tasks == 1) return body(0, tasks, 0);
-  const int64_t used = min_of(workers, tasks);
-  const int64_t share = equal ? tasks * 7 / 8 / used : 0;
-  RunLoop<F> loop{&body, {share * used}, tasks, used, share};
-  parallel.run(parallel.context, used, &RunLoop<F>::run, &loop);
 }
-
-// Tasks of one worker. It takes them in order; others take from it once they have done theirs.
-struct alignas(64) Share {
-  int64_t next, last;
-};
-constexpr int64_t kMostShares = 64;
 
 template <typename F>
 struct ShareLoop {
@@ -110,28 +101,30 @@ struct ShareLoop {
     auto& loop = *static_cast<ShareLoop*>(self);
     for (int64_t i = 0; i < loop.workers; ++i) {
       Share& share = loop.shares[(worker + i) % loop.workers];
-      for (int64_t t = __atomic_fetch_add(&share.next, 1, __ATOMIC_ACQ_REL); t < share.last;
-           t = __atomic_fetch_add(&share.next, 1, __ATOMIC_ACQ_REL)) {
-        (*loop.body)(t);
+      for (Taken t = take(share, i == 0); t.task >= 0; t = take(share, i == 0)) {
+        (*loop.body)(t.task, t.next, worker);
       }
     }
   }
 };
 
-// body(task) for every task. Worker w does the w-th of equal shares, as others divide work on the
-// same tensors: what it reads may be in its caches, and what it writes may be read from there.
+// body(task, next, worker) for every task; next: see Taken. Worker w does the w-th of equal shares,
+// as others divide work on the same tensors: what it reads may be in its caches, and what it writes
+// may be read from there. What a worker starts with is not, so it goes on with what lies next.
 template <typename F>
 X_ROPE_CLS_INLINE void run_shares(const Parallel& parallel, int64_t workers, int64_t tasks,
                                   const F& body) {
   const int64_t used = min_of(min_of(workers, tasks), kMostShares);
-  if (used <= 1) {
-    for (int64_t t = 0; t < tasks; ++t) body(t);
+  if (used <= 1 || tasks >> (kShareBits - 1) != 0) {
+    for (int64_t t = 0; t < tasks; ++t) body(t, t + 1 < tasks ? t + 1 : -1, 0);
     return;
   }
   ShareLoop<F> loop;
   loop.body = &body;
   loop.workers = used;
-  for (int64_t w = 0; w < used; ++w) loop.shares[w] = {w * tasks / used, (w + 1) * tasks / used};
+  for (int64_t w = 0; w < used; ++w) {
+    loop.shares[w].range = share_of(w * tasks / used, (w + 1) * tasks / used);
+  }
   parallel.run(parallel.context, used, &ShareLoop<F>::run, &loop);
 }
 
