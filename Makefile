@@ -111,6 +111,7 @@ sanitize: $(VENV)/.stamp-torch
 	$(bin)/cmake --build build/sanitize --parallel $(JOBS)
 	build/sanitize/tests/native/kernels_test
 	build/sanitize/tests/native/launch_test
+	build/sanitize/tests/native/tasks_test
 
 # ---- CUDA without a GPU --------------------------------------------------------------------------
 
