@@ -101,6 +101,23 @@ def test_channels_behind_the_pairs_stay_bit_by_bit(backend, dtype, pairs, interl
     assert torch.equal(found[..., 2 * pairs :].contiguous().view(word), x[..., 2 * pairs :].contiguous().view(word))
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001], ids=hex)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rotary_dim", [2, 14, 32, 64, 80])
+def test_nan_in_a_table_stays_nan(isa, rotary_dim, interleaved, bits):
+    """Whatever its bits are: rounding to bfloat16 must not carry them into the sign."""
+    x = Generator(1).normal(1, 2, 3, 80, dtype=torch.bfloat16)
+    rotary = RotaryEmbedding(rotary_dim, interleaved=interleaved)(3)
+    for name in ("cos", "sin"):
+        table = getattr(rotary, name).clone()
+        table.view(torch.int32)[1, rotary_dim // 4] = bits
+        broken = replace(rotary, **{name: table})
+        for inverse in (False, True):
+            out = apply_rope(x, broken, inverse=inverse)
+            assert torch.equal(out.isnan(), reference.rope(x, broken, inverse=inverse).isnan())
+            assert int(out.isnan().sum()) == 4
+
+
 def test_inverse_undoes_a_rotation(backend):
     x = torch.randn(2, 3, 50, 16, dtype=torch.float64)
     rotary = RotaryEmbedding(16)(50, torch.arange(50) > 2)

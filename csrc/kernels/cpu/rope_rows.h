@@ -60,6 +60,15 @@ template <typename T>
 constexpr int64_t table_span(PairLayout layout, int64_t pairs) {
   return round_up(table_elements(layout, pairs), kLanes<T>);
 }
+// A vector of a table for words: the lower half of a NaN is 0. What products make of it is NaN with
+// such a half too, as is what they make of bfloat16.
+X_ROPE_CLS_INLINE FloatVec clean(FloatVec v) {
+#ifdef __AVX512BF16__
+  return v;  // all the same to the instruction that rounds
+#else
+  return v == v ? v : broadcast<float>(__builtin_nanf(""));
+#endif
+}
 // to: 2 * span elements, cos and then sin, zeros behind. sign: -1 turns the other way.
 template <typename T, PairLayout kLayout>
 static __attribute__((noinline)) void lay_out_table(TableRow<T> from, int64_t cos_stride,
@@ -101,6 +110,9 @@ static __attribute__((noinline)) void lay_out_table(TableRow<T> from, int64_t co
     }
   }
   for (i *= kTwice ? 2 : 1; i < span; ++i) cos[i] = sin[i] = T{0};
+  if constexpr (kLayout == PairLayout::kWords) {
+    for (i = 0; i < 2 * span; i += kL) store<T>(to + i, clean(load<T>(to + i)));
+  }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -129,7 +141,15 @@ X_ROPE_CLS_INLINE __m512i by_turns(std::integer_sequence<int, kIndex...> /*unuse
   return reinterpret_cast<__m512i>(Words{static_cast<uint16_t>(kIndex % 2 * 16 + kIndex / 2)...});
 }
 #endif
-// Words of bfloat16: `low` in the lower halves.
+#ifndef __AVX512BF16__
+// bfloat16 in the upper half of each lane, as round_to_bfloat16 has it. v: no NaN whose lower half
+// is not 0, which rounding might carry over into the sign; see clean().
+X_ROPE_CLS_INLINE UInt32Vec round_clean(FloatVec v) {
+  const UInt32Vec bits = reinterpret_cast<UInt32Vec>(v);
+  return bits + 0x7fffU + ((bits >> 16) & 1U);
+}
+#endif
+// Words of bfloat16: `low` in the lower halves. Both come of bfloat16 and of tables that are clean.
 X_ROPE_CLS_INLINE UInt32Vec rounded_words(FloatVec low, FloatVec high) {
 #ifdef __AVX512BF16__
   const __m512i order = by_turns(std::make_integer_sequence<int, 32>{});
@@ -137,7 +157,14 @@ X_ROPE_CLS_INLINE UInt32Vec rounded_words(FloatVec low, FloatVec high) {
       (__m512i)_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low));
   return reinterpret_cast<UInt32Vec>(_mm512_permutexvar_epi16(order, both));
 #else
-  return round_to_bfloat16(low) >> 16 | (round_to_bfloat16(high) & 0xffff0000U);
+  const UInt32Vec lower = round_clean(low) >> 16;
+  const UInt32Vec upper = round_clean(high);
+#if X_ROPE_CLS_LANES == 8 && defined(__AVX2__)
+  constexpr int kOdd = 0xaa;
+  return (UInt32Vec)_mm256_blend_epi16((__m256i)lower, (__m256i)upper, kOdd);
+#else
+  return lower | (upper & 0xffff0000U);
+#endif
 #endif
 }
 
@@ -360,10 +387,12 @@ X_ROPE_CLS_INLINE void load_table(const T* from, Vec<T> factors, Vec<T> (&to)[kV
       to[v] = shuffle<T, TwiceFrom<0>>(pairs, pairs) * factors;
       to[v + 1] = shuffle<T, TwiceFrom<kL / 2>>(pairs, pairs) * factors;
     } else if constexpr (kHalfWords) {
-      const Vec<T> first = load<T>(from + v * kL) * factors;
-      const Vec<T> second = load<T>(from + (v + 1) * kL) * factors;
+      const Vec<T> first = clean(load<T>(from + v * kL)) * factors;
+      const Vec<T> second = clean(load<T>(from + (v + 1) * kL)) * factors;
       to[v] = shuffle<T, EveryOtherLane<0>>(first, second);
       to[v + 1] = shuffle<T, EveryOtherLane<1>>(first, second);
+    } else if constexpr (kLayout == PairLayout::kWords) {
+      to[v] = clean(load<T>(from + v * kL)) * factors;
     } else {
       to[v] = load<T>(from + v * kL) * factors;
     }
