@@ -209,9 +209,12 @@ void rope_block(const RopeParams& p, int64_t b, int64_t first, int64_t last, boo
     const int64_t vectors = whole_vectors<Compute<S>, kLayout>(p);
     if constexpr (kLayout != PairLayout::kTwice) {  // whose vectors come in twos
       if (vectors == 1) return turn_vectors<S, kLayout, kStream, 1>(p, b, first, last);
+      if (vectors == 3) return turn_vectors<S, kLayout, kStream, 3>(p, b, first, last);
+      if (vectors == 5) return turn_vectors<S, kLayout, kStream, 5>(p, b, first, last);
     }
     const auto turn = vectors == 2   ? turn_vectors<S, kLayout, kStream, 2>
                       : vectors == 4 ? turn_vectors<S, kLayout, kStream, 4>
+                      : vectors == 6 ? turn_vectors<S, kLayout, kStream, 6>
                       : vectors == 8 ? turn_vectors<S, kLayout, kStream, 8>
                                      : turn_pairs<S, kLayout, kStream>;
     turn(p, b, first, last);

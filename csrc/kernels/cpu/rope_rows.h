@@ -350,9 +350,10 @@ struct EveryOtherLane {
 // What turns the rows of a token: its table, kVectors vectors.
 template <typename S, PairLayout kLayout, int kVectors>
 struct TokenTable {
-  // Words of bfloat16 hold two pairs, an even one and an odd one, where a pair's halves lie apart.
-  static constexpr bool kHalfWords =
-      kLayout == PairLayout::kHalves && __is_same(S, BFloat16) && kVectors % 2 == 0;
+  // Where a pair's halves lie apart, words of bfloat16 hold two pairs, an even one and an odd one:
+  // so many vectors come in twos, and perhaps one is left.
+  static constexpr int kInTwos =
+      kLayout == PairLayout::kHalves && __is_same(S, BFloat16) ? kVectors / 2 * 2 : 0;
 
   Vec<Compute<S>> cos[kVectors];
   Vec<Compute<S>> sin[kVectors];
@@ -361,41 +362,46 @@ struct TokenTable {
   template <bool kStream>
   __attribute__((always_inline)) void turn(const S* x, S* y) const {
     constexpr int64_t kStep = (kLayout == PairLayout::kWords ? 2 : 1) * kLanes<Compute<S>>;
-    X_ROPE_CLS_UNROLL
-    for (int v = 0; v < kVectors; v += kHalfWords ? 2 : 1) {
-      const S* const from = x + v * kStep;
-      S* const to = y + v * kStep;
-      if constexpr (kHalfWords) {
+    if constexpr (kInTwos > 0) {
+      X_ROPE_CLS_UNROLL
+      for (int v = 0; v < kInTwos; v += 2) {
+        const S* const from = x + v * kStep;
         const auto turned = turned_half_words(from, from + half, cos + v, sin + v);
-        put<kStream>(to, turned.first);
-        put<kStream>(to + half, turned.second);
-      } else {
-        turn_vector<S, kLayout, kStream>(from, to, cos[v], sin[v], half);
+        put<kStream>(y + v * kStep, turned.first);
+        put<kStream>(y + v * kStep + half, turned.second);
       }
+    }
+    X_ROPE_CLS_UNROLL
+    for (int v = kInTwos; v < kVectors; ++v) {
+      turn_vector<S, kLayout, kStream>(x + v * kStep, y + v * kStep, cos[v], sin[v], half);
     }
   }
 };
 
 // from: adjacent pairs.
-template <typename T, PairLayout kLayout, bool kHalfWords, int kVectors>
+template <typename T, PairLayout kLayout, int kInTwos, int kVectors>
 X_ROPE_CLS_INLINE void load_table(const T* from, Vec<T> factors, Vec<T> (&to)[kVectors]) {
   constexpr int64_t kL = kLanes<T>;
-  X_ROPE_CLS_UNROLL
-  for (int v = 0; v < kVectors; v += kHalfWords || kLayout == PairLayout::kTwice ? 2 : 1) {
-    if constexpr (kLayout == PairLayout::kTwice) {
+  if constexpr (kLayout == PairLayout::kTwice) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; v += 2) {
       const Vec<T> pairs = load<T>(from + v / 2 * kL);
       to[v] = shuffle<T, TwiceFrom<0>>(pairs, pairs) * factors;
       to[v + 1] = shuffle<T, TwiceFrom<kL / 2>>(pairs, pairs) * factors;
-    } else if constexpr (kHalfWords) {
-      const Vec<T> first = clean(load<T>(from + v * kL)) * factors;
-      const Vec<T> second = clean(load<T>(from + (v + 1) * kL)) * factors;
-      to[v] = shuffle<T, EveryOtherLane<0>>(first, second);
-      to[v + 1] = shuffle<T, EveryOtherLane<1>>(first, second);
-    } else if constexpr (kLayout == PairLayout::kWords) {
-      to[v] = clean(load<T>(from + v * kL)) * factors;
-    } else {
-      to[v] = load<T>(from + v * kL) * factors;
     }
+    return;
+  }
+  X_ROPE_CLS_UNROLL
+  for (int v = 0; v < kVectors; ++v) to[v] = load<T>(from + v * kL) * factors;
+  if constexpr (kInTwos > 0 || kLayout == PairLayout::kWords) {
+    X_ROPE_CLS_UNROLL
+    for (int v = 0; v < kVectors; ++v) to[v] = clean(to[v]);
+  }
+  X_ROPE_CLS_UNROLL
+  for (int v = 0; v < kInTwos; v += 2) {
+    const Vec<T> first = to[v];
+    to[v] = shuffle<T, EveryOtherLane<0>>(first, to[v + 1]);
+    to[v + 1] = shuffle<T, EveryOtherLane<1>>(first, to[v + 1]);
   }
 }
 // sign: -1 turns the other way.
@@ -410,8 +416,8 @@ X_ROPE_CLS_INLINE TokenTable<S, kLayout, kVectors> token_table(TableRow<Compute<
   }
   Table table;
   table.half = half;
-  load_table<T, kLayout, Table::kHalfWords>(row.cos, broadcast<T>(T{1}), table.cos);
-  load_table<T, kLayout, Table::kHalfWords>(row.sin, signs, table.sin);
+  load_table<T, kLayout, Table::kInTwos>(row.cos, broadcast<T>(T{1}), table.cos);
+  load_table<T, kLayout, Table::kInTwos>(row.sin, signs, table.sin);
   return table;
 }
 
