@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 
 namespace x_rope_cls::cpu {
 namespace {
@@ -12,16 +13,17 @@ constexpr int kMostCaches = 8;
 
 // Of one of the first core's caches, "32768K"; 0 where there is none.
 int64_t bytes_of(int index) {
-  char path[80];
-  std::snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
-  std::FILE* file = std::fopen(path, "r");
+  char text[80];
+  std::snprintf(text, sizeof(text), "/sys/devices/system/cpu/cpu0/cache/index%d/size", index);
+  std::FILE* file = std::fopen(text, "r");
   if (file == nullptr) return 0;
-  long long size = 0;
-  char unit = 0;
-  const int read = std::fscanf(file, "%lld%c", &size, &unit);
+  const bool read = std::fgets(text, sizeof(text), file) != nullptr;
   std::fclose(file);
-  if (read < 1 || size < 0 || size > kMost) return 0;
-  return size << (unit == 'K' ? 10 : unit == 'M' ? 20 : 0);
+  if (!read) return 0;
+  char* unit = nullptr;
+  const int64_t size = std::strtoll(text, &unit, 10);
+  if (size < 0 || size > kMost) return 0;
+  return size << (*unit == 'K' ? 10 : *unit == 'M' ? 20 : 0);
 }
 
 int64_t largest() {
