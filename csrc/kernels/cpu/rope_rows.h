@@ -1,9 +1,9 @@
 // The rotation of rows where they lie, whatever their storage type: nothing but vectors between one
 // read and one write of memory.
 //
-// The tables of a token are laid out once, as the loops read them, and serve all heads that share
-// them. bfloat16 with neighbouring pairs needs no conversion at all: a pair is a 32-bit word, whose
-// halves are float32 after a shift and a mask.
+// The table of a token serves all heads that share it: from registers where it fills vectors, else
+// laid out in memory as the loops read it. bfloat16 needs no conversion: a 32-bit word of two is a
+// pair, or parts of two pairs, whose halves are float32 after a shift and a mask.
 #pragma once
 
 #include <cstdint>
