@@ -8,6 +8,7 @@
 #include "convert.h"
 #include "isa.h"
 #include "rope_rows.h"
+#include "rope_vectors.h"
 #include "rotate.h"
 #include "tasks.h"
 #include "vec.h"
