@@ -28,17 +28,6 @@ struct TokenBlock {
 
 constexpr int64_t kDotTokens = 4;
 
-template <int kPart>
-struct EvenParts {  // parts 0, 2, ... of a, then of b
-  static constexpr int at(int i) {
-    const int part = i / kPart * 2;
-    return part * kPart + i % kPart;
-  }
-};
-template <int kPart>
-struct OddParts {
-  static constexpr int at(int i) { return EvenParts<kPart>::at(i) + kPart; }
-};
 template <int kLaneCount, int kPart>
 struct FirstOfParts {
   static constexpr int at(int i) { return i * kPart % kLaneCount; }

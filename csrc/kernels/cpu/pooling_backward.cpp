@@ -307,10 +307,10 @@ bool pool_grad_range(const PoolPlan& plan, const PoolBackwardParams& g, const To
   return ahead != 0;
 }
 
-// Tasks [first, last).
+// next: the task that the same worker does next; -1: none that is known.
 template <typename S>
-void pool_grad_tasks(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task,
-                     int64_t next, PoolGradScratch<S>& s) {
+void pool_grad_task(const PoolGradMemory<S>& m, const PoolBackwardParams& g, int64_t task,
+                    int64_t next, PoolGradScratch<S>& s) {
   using T = Compute<S>;
   const PoolPlan& plan = m.plan;
   const int64_t size = (plan.rows + 2) * plan.width;
@@ -367,7 +367,7 @@ void pool_backward_typed(const PoolBackwardParams& g, const Parallel& parallel, 
   fill_kept(m.plan);
   run_shares(parallel, m.plan.workers, m.plan.tasks,
              [&](int64_t task, int64_t next, int64_t worker) {
-               pool_grad_tasks<S>(m, g, task, next, m.scratch[worker]);
+               pool_grad_task<S>(m, g, task, next, m.scratch[worker]);
              });
   run_tasks(parallel, m.plan.workers, p.query_batch * m.plan.rows + 2,
             [&](int64_t task, int64_t) { finish_row<S>(m, g, task); });

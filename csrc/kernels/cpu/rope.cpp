@@ -325,6 +325,7 @@ void rope(const RopeParams* calls, int64_t count, const Parallel& parallel) {
   const int64_t workers = useful_workers(parallel.workers, elements, kElementsPerWorker);
   // Where the cache holds inputs and outputs with room to spare, plain stores keep them there.
   const bool stream = 2 * bytes > kHeld * static_cast<double>(cache_bytes());
+  // A step is the same part of all tensors.
   run_shares(parallel, workers, tasks, [&](int64_t step, int64_t, int64_t) {
     for (int64_t i = 0; i < count; ++i) {
       const RopeParams& p = calls[i];

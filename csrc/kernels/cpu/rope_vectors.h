@@ -8,12 +8,6 @@
 namespace x_rope_cls::cpu::X_ROPE_CLS_ISA {
 namespace {
 
-// Every other lane of a, then of b.
-template <int kOdd>
-struct EveryOtherLane {
-  static constexpr int at(int i) { return 2 * i + kOdd; }
-};
-
 // What turns the rows of a token: its table, kVectors vectors.
 template <typename S, PairLayout kLayout, int kVectors>
 struct TokenTable {
@@ -67,8 +61,8 @@ X_ROPE_CLS_INLINE void load_table(const T* from, Vec<T> factors, Vec<T> (&to)[kV
   X_ROPE_CLS_UNROLL
   for (int v = 0; v < kInTwos; v += 2) {
     const Vec<T> first = to[v];
-    to[v] = shuffle<T, EveryOtherLane<0>>(first, to[v + 1]);
-    to[v + 1] = shuffle<T, EveryOtherLane<1>>(first, to[v + 1]);
+    to[v] = shuffle<T, EvenParts<1>>(first, to[v + 1]);
+    to[v + 1] = shuffle<T, OddParts<1>>(first, to[v + 1]);
   }
 }
 // sign: -1 turns the other way.

@@ -115,6 +115,7 @@ template <typename F>
 X_ROPE_CLS_INLINE void run_shares(const Parallel& parallel, int64_t workers, int64_t tasks,
                                   const F& body) {
   const int64_t used = min_of(min_of(workers, tasks), kMostShares);
+  // More tasks than a share can count are of tensors without elements.
   if (used <= 1 || tasks >> (kShareBits - 1) != 0) {
     for (int64_t t = 0; t < tasks; ++t) body(t, t + 1 < tasks ? t + 1 : -1, 0);
     return;

@@ -99,6 +99,17 @@ template <int kDistance>
 struct SwapParts {
   static constexpr int at(int i) { return i ^ kDistance; }
 };
+template <int kPart>
+struct EvenParts {  // parts 0, 2, ... of a, then of b
+  static constexpr int at(int i) {
+    const int part = i / kPart * 2;
+    return part * kPart + i % kPart;
+  }
+};
+template <int kPart>
+struct OddParts {
+  static constexpr int at(int i) { return EvenParts<kPart>::at(i) + kPart; }
+};
 
 // Every lane holds the sum of all lanes, added in pairs.
 template <typename T, int kDistance = kLanes<T> / 2>
